@@ -1,0 +1,63 @@
+"""What a server says, as values."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Label:
+    """One class of a text classification; the score's range depends on `function_to_apply`."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class ItemError:
+    """The failure of one item of a list; its neighbours are unharmed."""
+
+    error: str
+    code: int
+    type: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one request cost: tokens read, whether text was cut off, and windows used for long texts."""
+
+    tokens: int
+    truncated: bool
+    windows: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model that really answered; `digest` identifies its archive's content."""
+
+    name: str
+    version: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Answer(Generic[P]):
+    """The predictions for one request, with what they cost and who made them."""
+
+    predictions: P
+    usage: Usage
+    model: ModelInfo
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The default version of a registered model, and how many of its workers are READY."""
+
+    name: str
+    version: str
+    ready_workers: int
+    workers: int

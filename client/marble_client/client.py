@@ -1,0 +1,193 @@
+"""The interface of a client, and what its transports share."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Literal, Protocol, Self, overload
+
+from marble_client.answer import Answer, ItemError, Json, Label, ServedModel
+from marble_client.errors import BadResponse, NotFound, error_for
+from marble_client.retry import Deadline, with_retries
+from marble_client.wire import (
+    check_name,
+    decode_answer,
+    decode_description,
+    decode_labels,
+    decode_page,
+    encode_request,
+)
+
+FunctionToApply = Literal["softmax", "sigmoid", "none"]
+Overflow = Literal["error", "truncate", "window"]
+
+
+class Client(Protocol):
+    """A connection to a Marble server, the same over any transport. Use it in a `with` block, or close it.
+
+    Every method raises a subclass of MarbleError when the call fails, and ValueError or TypeError when it
+    could never succeed. Timeouts are overall deadlines in seconds, retries included; None means the client's
+    own. Only 429, 503 and a refused connection are tried again, at most three times in all.
+    """
+
+    @abstractmethod
+    def predict(
+        self,
+        model: str,
+        inputs: Json,
+        parameters: Mapping[str, Json] | None = None,
+        *,
+        version: str | None = None,
+        timeout: float | None = None,
+    ) -> Answer[Json]:
+        """Predict for `inputs`, in the Hugging Face Inference API's shapes; a list gives a list."""
+
+    @abstractmethod
+    def ready(self, model: str, version: str | None = None) -> bool:
+        """Whether a worker of the model is READY. Only a prediction proves that it answers."""
+
+    @abstractmethod
+    def models(self) -> list[ServedModel]:
+        """The default version of every registered model, sorted by name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connections."""
+
+    @overload
+    def classify(
+        self,
+        model: str,
+        texts: str,
+        *,
+        top_k: int | None = None,
+        function_to_apply: FunctionToApply | None = None,
+        overflow: Overflow | None = None,
+        version: str | None = None,
+        timeout: float | None = None,
+    ) -> Answer[list[Label]]: ...
+
+    @overload
+    def classify(
+        self,
+        model: str,
+        texts: list[str] | tuple[str, ...],
+        *,
+        top_k: int | None = None,
+        function_to_apply: FunctionToApply | None = None,
+        overflow: Overflow | None = None,
+        version: str | None = None,
+        timeout: float | None = None,
+    ) -> Answer[list[list[Label] | ItemError]]: ...
+
+    def classify(
+        self,
+        model: str,
+        texts: str | list[str] | tuple[str, ...],
+        *,
+        top_k: int | None = None,
+        function_to_apply: FunctionToApply | None = None,
+        overflow: Overflow | None = None,
+        version: str | None = None,
+        timeout: float | None = None,
+    ) -> Answer[list[Label]] | Answer[list[list[Label] | ItemError]]:
+        """Classify one text, or a list of texts in one request.
+
+        One text gives its labels. A list gives one entry for each text, in order: its labels, or an
+        ItemError where that text alone failed. Options left at None are the model's own.
+        """
+        options = {"top_k": top_k, "function_to_apply": function_to_apply, "overflow": overflow}
+        given = {name: value for name, value in options.items() if value is not None}
+        single = isinstance(texts, str)
+        answer = self.predict(model, texts, given, version=version, timeout=timeout)
+        count = 1 if single else len(texts)
+        if not isinstance(answer.predictions, list) or len(answer.predictions) != count:
+            raise BadResponse(f"the server did not answer with {count} predictions for {count} texts")
+        entries = [decode_labels(entry) for entry in answer.predictions]
+        if not single:
+            return Answer(entries, answer.usage, answer.model)
+        if isinstance(entries[0], ItemError):
+            raise error_for(entries[0].code, entries[0].type, entries[0].error)
+        return Answer(entries[0], answer.usage, answer.model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class TransportClient(Client):
+    """A client in terms of three exchanges of bytes, which are all that a transport has to supply.
+
+    Each of them makes one attempt, finishes by the deadline, and raises a MarbleError when it fails.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        Deadline(timeout)  # refuses what can be no timeout now, not at the first call
+        self._timeout = timeout
+
+    @abstractmethod
+    def _predict(self, model: str, version: str | None, body: bytes, deadline: Deadline) -> bytes: ...
+
+    @abstractmethod
+    def _describe(self, model: str, version: str | None, deadline: Deadline) -> bytes: ...
+
+    @abstractmethod
+    def _list(self, page: int, deadline: Deadline) -> bytes: ...
+
+    def predict(
+        self,
+        model: str,
+        inputs: Json,
+        parameters: Mapping[str, Json] | None = None,
+        *,
+        version: str | None = None,
+        timeout: float | None = None,
+    ) -> Answer[Json]:
+        _check(model, version)
+        body = encode_request(inputs, parameters)
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+        return with_retries(lambda: decode_answer(self._predict(model, version, body, deadline)), deadline)
+
+    def ready(self, model: str, version: str | None = None) -> bool:
+        _check(model, version)
+        try:
+            return self._described(model, version, Deadline(self._timeout)).ready_workers > 0
+        except NotFound:
+            return False
+
+    def models(self) -> list[ServedModel]:
+        deadline = Deadline(self._timeout)
+        served = []
+        for name in self._names(deadline):
+            try:
+                served.append(self._described(name, None, deadline))
+            except NotFound:
+                continue  # unregistered since it was listed
+        return sorted(served, key=lambda model: model.name)
+
+    def _names(self, deadline: Deadline) -> list[str]:
+        names: list[str] = []
+        page = 0
+        while True:
+            found, following = self._page(page, deadline)
+            names += found
+            if following is None:
+                return names
+            if following <= page:
+                raise BadResponse("the list of models has pages that do not advance")
+            page = following
+
+    def _page(self, page: int, deadline: Deadline) -> tuple[list[str], int | None]:
+        return with_retries(lambda: decode_page(self._list(page, deadline)), deadline)
+
+    def _described(self, model: str, version: str | None, deadline: Deadline) -> ServedModel:
+        return with_retries(lambda: decode_description(self._describe(model, version, deadline)), deadline)
+
+
+def _check(model: str, version: str | None) -> None:
+    check_name(model, "model name")
+    if version is not None:
+        check_name(version, "model version")

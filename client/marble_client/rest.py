@@ -1,0 +1,134 @@
+"""Marble over REST."""
+
+import email.utils
+import time
+from urllib.parse import urlsplit
+
+import requests
+import urllib3
+
+from marble_client.client import TransportClient
+from marble_client.errors import BadResponse, ConnectionFailed, MarbleError
+from marble_client.retry import Deadline
+from marble_client.tokens import bearer, is_loopback
+from marble_client.wire import decode_error
+
+CHUNK_BYTES = 64 * 1024
+
+
+class RestClient(TransportClient):
+    """A client over REST. `url` serves predictions, `management_url` what is served and how it fares."""
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8080",
+        management_url: str = "http://127.0.0.1:8081",
+        token: str | None = None,
+        management_token: str | None = None,
+        timeout: float = 30.0,
+    ) -> None:
+        super().__init__(timeout)
+        self._inference = _Endpoint(url, token)
+        self._management = _Endpoint(management_url, management_token)
+
+    def close(self) -> None:
+        self._inference.close()
+        self._management.close()
+
+    def _predict(self, model: str, version: str | None, body: bytes, deadline: Deadline) -> bytes:
+        return self._inference.exchange("POST", f"/predictions/{_path(model, version)}", deadline, body=body)
+
+    def _describe(self, model: str, version: str | None, deadline: Deadline) -> bytes:
+        return self._management.exchange("GET", f"/models/{_path(model, version)}", deadline)
+
+    def _list(self, page: int, deadline: Deadline) -> bytes:
+        return self._management.exchange("GET", f"/models?limit=100&next_page_token={page}", deadline)
+
+
+class _Endpoint:
+    """One base URL with its token and its pool of connections."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is no http:// or https:// address")
+        self._url = url.rstrip("/")
+        # A local server is never behind a proxy, whatever the environment says.
+        self._proxies = {"no_proxy": parts.hostname} if is_loopback(parts.hostname) else None
+        self._authorization = bearer(token)
+        self._session = requests.Session()
+        # Set even when there is no token: else requests would send what ~/.netrc has for this host.
+        self._session.auth = self._authorize
+
+    def close(self) -> None:
+        self._session.close()
+
+    def exchange(self, method: str, path: str, deadline: Deadline, body: bytes | None = None) -> bytes:
+        """Send one request; returns the body of a good reply."""
+        try:
+            with self._session.request(
+                method,
+                self._url + path,
+                data=body,
+                headers={"Content-Type": "application/json"} if body is not None else None,
+                timeout=deadline.left(),
+                proxies=self._proxies,
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                content = _read(response, deadline)
+        except (requests.Timeout, urllib3.exceptions.ReadTimeoutError) as error:
+            raise deadline.missed() from error
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            if not deadline.allows(0):
+                raise deadline.missed() from error  # a send that timed out calls itself an aborted connection
+            raise self._unreachable(error) from error
+        if response.status_code >= 400:
+            raise decode_error(response.status_code, content, _retry_after(response))
+        if response.status_code >= 300:
+            raise BadResponse(f"{self._url} redirects elsewhere: give the server's own address")
+        return content
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._authorization is not None:
+            request.headers["Authorization"] = self._authorization
+        return request
+
+    def _unreachable(self, error: Exception) -> MarbleError:
+        cause = error.args[0] if error.args else error
+        reason = getattr(cause, "reason", cause)
+        if isinstance(reason, urllib3.exceptions.NameResolutionError):
+            return ConnectionFailed(f"cannot find the host of {self._url}: check the address", sent=False)
+        if isinstance(reason, urllib3.exceptions.NewConnectionError):
+            return ConnectionFailed(f"no server at {self._url}: start one with scripts/serve", sent=False)
+        message = f"the connection to {self._url} failed before an answer came: {reason}"
+        return ConnectionFailed(message, sent=True)
+
+
+def _path(model: str, version: str | None) -> str:
+    return model if version is None else f"{model}/{version}"
+
+
+def _read(response: requests.Response, deadline: Deadline) -> bytes:
+    """The whole body, by the deadline even if it trickles: requests' timeout starts anew at every byte."""
+    chunks: list[bytes] = []
+    while True:
+        left = deadline.left()
+        connection = response.raw.connection
+        if connection is not None and connection.sock is not None:
+            connection.sock.settimeout(left)
+        chunk = response.raw.read1(CHUNK_BYTES, decode_content=True)
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    """Seconds to wait, from a header that holds either seconds or a date."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,129 @@
+"""The JSON that travels, to and from values. Strict both ways: what is malformed is refused, not guessed."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import NoReturn, TypeVar
+
+from marble_client.answer import Answer, ItemError, Json, Label, ModelInfo, ServedModel, Usage
+from marble_client.errors import BadResponse, MarbleError, error_for
+
+T = TypeVar("T")
+
+# What torch-model-archiver accepts; anything else could change the path of a URL.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def check_name(name: str, what: str) -> str:
+    """`name` unchanged; raises ValueError unless it can be a model's name or version."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no {what}: use letters, digits, '_', '-' and '.'")
+    return name
+
+
+def encode_request(inputs: Json, parameters: Mapping[str, Json] | None) -> bytes:
+    """A request's body. Raises ValueError or TypeError for what JSON cannot say, NaN included."""
+    request = {"inputs": inputs, "parameters": {**(parameters or {}), "details": True}}
+    # ASCII keeps lone surrogates, which UTF-8 cannot carry, as escapes.
+    return json.dumps(request, ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def decode_answer(body: bytes) -> Answer[Json]:
+    """The answer in a reply. Raises the error it carries instead, or BadResponse."""
+    reply = _parse(body)
+    item = _item_error(reply)
+    if item is not None:
+        # gRPC carries no status of its own for these.
+        raise error_for(item.code, item.type, item.error)
+    if not isinstance(reply, dict) or "predictions" not in reply:
+        raise BadResponse("the reply has no 'predictions': this model was not built by Marble")
+    usage, model = _take(reply, "usage", dict), _take(reply, "model", dict)
+    return Answer(
+        reply["predictions"],
+        Usage(_take(usage, "tokens", int), _take(usage, "truncated", bool), _take(usage, "windows", int)),
+        ModelInfo(_take(model, "name", str), _take(model, "version", str), _take(model, "digest", str)),
+    )
+
+
+def decode_labels(entry: Json) -> list[Label] | ItemError:
+    """One entry of a text classification's predictions."""
+    error = _item_error(entry)
+    if error is not None:
+        return error
+    if not isinstance(entry, list):
+        raise BadResponse("the predictions are not those of a text classification")
+    return [Label(_take(label, "label", str), _number(label, "score")) for label in entry]
+
+
+def decode_error(code: int, body: bytes, retry_after: float | None) -> MarbleError:
+    """The exception for a reply with an HTTP status of 400 or more, whoever wrote its body."""
+    try:
+        reply = _parse(body)
+    except BadResponse:
+        reply = None
+    if isinstance(reply, dict):
+        # A handler says "error", TorchServe's frontend "message".
+        message, kind = reply.get("error", reply.get("message")), reply.get("type")
+        if isinstance(message, str) and isinstance(kind, str):
+            return error_for(code, kind, message, retry_after)
+    return error_for(code, None, f"the server answered with HTTP status {code}", retry_after)
+
+
+def decode_page(body: bytes) -> tuple[list[str], int | None]:
+    """One page of the list of models: their names, and the next page's token if there is one."""
+    reply = _parse(body)
+    names = [_take(model, "modelName", str) for model in _take(reply, "models", list)]
+    if not isinstance(reply, dict) or reply.get("nextPageToken") is None:
+        return names, None
+    token = _take(reply, "nextPageToken", str)
+    if not token.isdecimal():
+        raise BadResponse("the list of models has a page token that is not a number")
+    return names, int(token)
+
+
+def decode_description(body: bytes) -> ServedModel:
+    """The description of one version of a model."""
+    reply = _parse(body)
+    if not isinstance(reply, list) or len(reply) != 1:
+        raise BadResponse("the description is not that of one model")
+    model = reply[0]
+    workers = _take(model, "workers", list)
+    ready = sum(_take(worker, "status", str) == "READY" for worker in workers)
+    return ServedModel(_take(model, "modelName", str), _take(model, "modelVersion", str), ready, len(workers))
+
+
+def is_item_error(value: Json) -> bool:
+    """Whether a prediction, or a whole reply, is the handler's error object."""
+    return isinstance(value, dict) and value.keys() == {"error", "code", "type"}
+
+
+def _item_error(value: Json) -> ItemError | None:
+    if not is_item_error(value):
+        return None
+    return ItemError(_take(value, "error", str), _take(value, "code", int), _take(value, "type", str))
+
+
+def _parse(body: bytes) -> Json:
+    try:
+        value: Json = json.loads(body, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise BadResponse(f"the reply is not valid JSON: {error}") from error
+    return value
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _take(value: Json, key: str, kind: type[T]) -> T:
+    field = value.get(key) if isinstance(value, dict) else None
+    # Not isinstance: a bool is no int here.
+    if type(field) is not kind:
+        raise BadResponse(f"the reply has no {kind.__name__} named {key!r}")
+    return field
+
+
+def _number(value: Json, key: str) -> float:
+    if isinstance(value, dict) and type(value.get(key)) is int:
+        return float(_take(value, key, int))
+    return _take(value, key, float)

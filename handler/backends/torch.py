@@ -1,0 +1,37 @@
+"""The torch backend: the bundle's own weights through transformers. The reference for every other backend."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+
+class TorchBackend:
+    """Runs a transformers model on the CPU in fp32 or bf16."""
+
+    def __init__(self, model_dir: Path, precision: str, threads: int, auto_model: str) -> None:
+        torch.set_num_threads(threads)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self._model = (
+            getattr(transformers, auto_model)
+            .from_pretrained(
+                model_dir,
+                dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+            .eval()
+        )
+        self._inputs = set(inspect.signature(self._model.forward).parameters)
+
+    @torch.inference_mode()
+    def __call__(self, arrays: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
+        """See `handler.backends.Backend`."""
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items() if name in self._inputs}
+        return {"logits": self._model(**inputs).logits.float().numpy()}

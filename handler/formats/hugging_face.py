@@ -1,0 +1,60 @@
+"""The Hugging Face Inference API: `{"inputs": …, "parameters": {…}}`, a bare JSON string or list, or plain text.
+
+Spec: the `spec/` folders of huggingface.js, packages/tasks; the client side is `huggingface_hub.InferenceClient`.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from handler.errors import InvalidInput, RequestError
+from handler.formats import fields
+from handler.messages import Model, Request, Result
+
+# `options` steers the hub's own caches and queues; clients send it out of habit and it changes no answer.
+_FIELDS = ("inputs", "parameters", "options")
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFaceReply:
+    """Answers with the prediction itself, or under `predictions` when details are asked for."""
+
+    many: bool
+
+    def answer(self, result: Result, model: Model) -> Any:
+        """A list of predictions for a list of inputs, else the one prediction in the Inference API's shape."""
+        predictions: Any = listed(result)
+        if not self.many and not model.nests_single:
+            predictions = predictions[0]
+        if not result.details:
+            return predictions
+        return {"predictions": predictions, **details(result, model)}
+
+    def error(self, error: RequestError, model: Model) -> Any:
+        """`{"error", "code", "type"}`."""
+        return error.body()
+
+
+def decode(value: Any) -> tuple[Request, HuggingFaceReply]:
+    """Reads a body. Raises RequestError if it is not one of this format."""
+    if isinstance(value, dict):
+        fields.only(value, _FIELDS)
+        if "inputs" not in value:
+            raise InvalidInput('the body has no "inputs"; send JSON such as {"inputs": "a text"}')
+        inputs, parameters = value["inputs"], fields.parameters(value)
+    else:
+        inputs, parameters = value, {}
+    many = isinstance(inputs, list)
+    return Request(inputs if many else [inputs], parameters, many), HuggingFaceReply(many)
+
+
+def listed(result: Result) -> list[Any]:
+    """The predictions of a result, an error body in the place of each input that failed."""
+    return [entry.body() if isinstance(entry, RequestError) else entry for entry in result.predictions]
+
+
+def details(result: Result, model: Model) -> dict[str, Any]:
+    """What `"details": true` adds to an answer."""
+    return {
+        "usage": asdict(result.usage),
+        "model": {"name": model.name, "version": model.version, "digest": model.digest},
+    }

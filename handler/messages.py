@@ -1,0 +1,57 @@
+"""What passes between a wire format, the engine and a task: requests and results, free of any transport."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from handler.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request: one or more inputs that share their parameters.
+
+    `many` tells whether the client sent a list: the answer to a list is a list, also when it has one entry.
+    `parameters` are as the client sent them, not yet checked.
+    """
+
+    inputs: Sequence[Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    many: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the inputs of one request cost.
+
+    tokens: tokens of all texts, special tokens included, before anything was cut off.
+    truncated: whether any text was cut to the model's maximum length.
+    windows: how many sequences went through the model.
+    """
+
+    tokens: int
+    truncated: bool
+    windows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to one `Request`: one prediction per input, in order; an input that failed has its error there."""
+
+    predictions: Sequence[Any | RequestError]
+    usage: Usage
+    details: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a wire format says of the model that answered.
+
+    digest: SHA-256 (hex) that stands for all files of the archive.
+    nests_single: whether the Inference API wraps this task's answer to a single input in a list of one.
+    """
+
+    name: str
+    version: str
+    digest: str
+    nests_single: bool

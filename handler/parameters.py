@@ -1,0 +1,89 @@
+"""Checks request parameters against a dataclass: its fields are the allowed names, its hints the allowed types."""
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from handler.errors import InvalidParameter
+
+Overflow = Literal["error", "truncate", "window"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonParameters:
+    """Parameters that every text task takes.
+
+    overflow: what happens to a text longer than the model's maximum; None means the archive's own policy.
+    details: answer with usage and model facts beside the predictions.
+    """
+
+    overflow: Overflow | None = None
+    details: bool = False
+
+
+P = TypeVar("P")
+
+
+def at_least(minimum: float) -> Any:
+    """A dataclass field that is None by default and, when given, at least `minimum`."""
+    return field(default=None, metadata={"minimum": minimum})
+
+
+def parse(kind: type[P], given: Mapping[str, Any]) -> P:
+    """Builds `kind` (a dataclass) from a client's parameters.
+
+    Raises InvalidParameter for an unknown name (naming the allowed ones), a value of another type, or one below
+    the field's `minimum`.
+    """
+    if not given:
+        return kind()
+    allowed = _allowed(kind)
+    for name, value in given.items():
+        if name not in allowed:
+            raise InvalidParameter(f"unknown parameter {_shown(name)}; this task takes: {', '.join(sorted(allowed))}")
+        hint, minimum = allowed[name]
+        if not _fits(value, hint):
+            raise InvalidParameter(f"parameter {name!r} must be {_described(hint)}, not {_shown(value)}")
+        if minimum is not None and value is not None and value < minimum:
+            raise InvalidParameter(f"parameter {name!r} must be at least {minimum}, not {_shown(value)}")
+    return kind(**given)
+
+
+@cache
+def _allowed(kind: type) -> dict[str, tuple[Any, float | None]]:
+    hints = get_type_hints(kind)
+    return {f.name: (hints[f.name], f.metadata.get("minimum")) for f in fields(kind)}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union or a Literal, flattened: values for a Literal, types otherwise."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(option for member in get_args(hint) for option in _options(member))
+    return get_args(hint) if get_origin(hint) is Literal else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for option in _options(hint):
+        if not isinstance(option, type):
+            if type(value) is type(option) and value == option:
+                return True
+        elif option is float:
+            # JSON has one kind of number; a bool is not one, though Python counts it as an int.
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return True
+        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return True
+    return False
+
+
+def _described(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    return " or ".join(names[o] if isinstance(o, type) else repr(o) for o in _options(hint))
+
+
+def _shown(value: Any) -> str:
+    """A client's value made safe for a message: ASCII, one line, at most 40 characters; texts are not quoted."""
+    text = ascii(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

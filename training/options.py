@@ -1,0 +1,78 @@
+"""The command line of `train.py`: options of ours, and every argument of the Hugging Face Trainer."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class Options:
+    """What to train on and what to start from."""
+
+    train_file: str = field(metadata={"help": "csv, tsv, jsonl or parquet file of labelled examples"})
+    task: str = field(default="text-classification", metadata={"help": "what the model shall do"})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "examples to choose the best epoch by; taken from the training file if absent"}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "examples for the final figure only"})
+    base_model: str | None = field(
+        default=None, metadata={"help": "local folder or hub id; the bundled all-MiniLM-L6-v2 if absent"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column of the texts"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels: names or integers"})
+    validation_share: float = field(default=0.1, metadata={"help": "share of rows taken for validation, stratified"})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leave out rows without a text or a label instead of stopping"}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "tokens of one sequence; the model's maximum, at most 256, if absent"}
+    )
+    overflow: Literal["error", "truncate", "window"] = field(
+        default="truncate", metadata={"help": "what the served model does with a longer text unless a request says"}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a better validation macro-F1"}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "replace a bundle that is already in --output-dir"})
+
+
+@dataclass
+class TrainerOptions(TrainingArguments):
+    """Arguments of `transformers.TrainingArguments`, with defaults for fine-tuning a small encoder."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "folder to write the bundle to"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of AdamW"})
+    num_train_epochs: float = field(default=4.0, metadata={"help": "passes over the training data"})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "examples of one optimiser step"})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "examples of one evaluation step"})
+    warmup_steps: float = field(default=0.1, metadata={"help": "steps of linear warm-up; below 1: a share of all steps"})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decay, not on biases and norms"})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "batches of like length hold less padding"}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate on the validation data"})
+    save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint"})
+    logging_strategy: str = field(default="epoch", metadata={"help": "when to log the training loss"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "ship the best epoch, not the last"})
+    metric_for_best_model: str | None = field(default="macro_f1", metadata={"help": "macro_f1 or accuracy"})
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "mixed precision; if absent, on where the processor is fast at it"}
+    )
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin batches; of use on a GPU only"})
+
+    def __post_init__(self) -> None:
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = has_fast_bf16()
+        super().__post_init__()
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 is faster than fp32 here: a GPU that has it, or a CPU with AVX512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,55 @@
+"""Progress of a training run: a bar in a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress(TrainerCallback):
+    """Replaces the Trainer's own progress output."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._last_line = 0.0
+        self._loss = float("nan")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._last_line = time.monotonic()
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+        elif state.is_world_process_zero and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(f"  step {state.global_step} of {state.max_steps}", flush=True)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self._loss = float(logs["loss"])
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero or not metrics or "eval_loss" not in metrics:
+            return
+        line = (
+            f"  epoch {state.epoch:g}: training loss {self._loss:.3f}, validation loss {metrics['eval_loss']:.3f}, "
+            f"accuracy {metrics.get('eval_accuracy', float('nan')):.4f}, "
+            f"macro-F1 {metrics.get('eval_macro_f1', float('nan')):.4f}"
+        )
+        tqdm.write(line) if self._bar is not None else print(line, flush=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
