@@ -15,8 +15,9 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -33,13 +34,13 @@ from training.options import Options, TrainerOptions
 
 def main() -> None:
     options, arguments = parse(sys.argv[1:])
-    place = Path(arguments.output_dir)
+    place = Path(str(arguments.output_dir))
     checkpoints = place.with_name(f"{place.name}.checkpoints")
     arguments.output_dir = str(checkpoints)
     task = tasks.load(options.task)
     bundle.check_place(place, overwrite=options.overwrite)
     base = base_model.resolve(options.base_model)
-    speak = print if arguments.process_index == 0 else lambda *_: None
+    speak = partial(print, flush=True) if arguments.process_index == 0 else _silent
 
     transformers.set_seed(arguments.seed)
     splits = task.read_splits(options, arguments.seed)
@@ -54,10 +55,9 @@ def main() -> None:
     length = task.max_length(options, model, tokenizer)
     trainer = task.build_trainer(model, tokenizer, splits, options, arguments, length)
     speak(
-        f"fine-tuning {base.name} for {arguments.num_train_epochs:g} epochs: learning rate {arguments.learning_rate:g}, "
-        f"batch {arguments.train_batch_size}, at most {length} tokens, {'bf16' if arguments.bf16 else 'fp32'}, "
-        f"{torch.get_num_threads()} threads",
-        flush=True,
+        f"fine-tuning {base.name} for {arguments.num_train_epochs:g} epochs: "
+        f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
+        f"at most {length} tokens, {'bf16' if arguments.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
     )
     started = time.monotonic()
     trained = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments, checkpoints))
@@ -107,7 +107,9 @@ def main() -> None:
             report.write(stage, place.name, metrics, sources, golden)
         shutil.rmtree(checkpoints, ignore_errors=True)
         for name, scores in metrics["splits"].items():
-            print(f"{name}: accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f} ({scores['rows']} rows)")
+            print(
+                f"{name}: accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f} ({scores['rows']} rows)"
+            )
             print_confusion(scores)
         print(f"trained in {seconds:.0f} s; bundle: {place} (report.html says more)")
         print(f"next: ./build_mar.sh --bundle {place}")
@@ -115,7 +117,8 @@ def main() -> None:
 
 def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
     """Options and Trainer arguments from a command line."""
-    parser = HfArgumentParser((Options, TrainerOptions), prog="train.py", description=__doc__)
+    # Its annotation asks for dataclass instances; it takes dataclass types.
+    parser = HfArgumentParser(cast(Any, (Options, TrainerOptions)), prog="train.py", description=__doc__)
     options, arguments = parser.parse_args_into_dataclasses(argv)
     if arguments.output_dir is None:
         raise UserError("--output-dir is missing: name the folder to write the bundle to, e.g. artifacts/reviews")
@@ -156,6 +159,10 @@ def describe(speak: Any, counts: dict[str, dict[str, int]], skipped: int) -> Non
             f"the classes are out of balance: {most[0]!r} has {most[1]} training rows and {least[0]!r} {least[1]}; "
             "judge the model by macro-F1 and the per-label table rather than by accuracy"
         )
+
+
+def _silent(*_: object) -> None:
+    """What all processes of a distributed run but the first say."""
 
 
 def print_confusion(scores: dict[str, Any]) -> None:

@@ -74,7 +74,9 @@ def build(bundle: source.Bundle, backend: str, arguments: argparse.Namespace, wo
                 print(f"warning: built because of --force, though {verdict.reason}", file=sys.stderr)
             return model_dir, precision
         print(f"{backend} {precision} does not pass: {verdict.reason}", file=sys.stderr)
-    raise UserError(f"{backend} {' and '.join(tried)} did not pass the quality gate; try --backend torch, or --max-drop")
+    raise UserError(
+        f"{backend} {' and '.join(tried)} did not pass the quality gate; try --backend torch, or --max-drop"
+    )
 
 
 def write_config(bundle: source.Bundle, model_dir: Path, backend: str, precision: str) -> None:

@@ -9,7 +9,7 @@ from handler.engine import Engine
 from training.evaluation import classification_metrics, predicted_labels
 
 # Largest drift of a golden score from the fp32 answer. bf16 keeps 8 bits of a number, and softmax passes that on.
-GOLDEN_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+GOLDEN_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,8 @@ class Verdict:
 def check(bundle: Bundle, model_dir: Path, max_drop: float) -> Verdict:
     """Loads `model_dir` as a worker would, replays the golden set and scores the validation set.
 
-    max_drop: allowed loss of validation accuracy, in points (0.5 is half a percent).
+    max_drop: allowed loss of validation accuracy, in points (0.5 is half a percent). One row may always change: with
+    fewer than 200 rows it would be over half a point by itself.
     """
     engine = Engine(model_dir)
     rows = bundle.validation()
@@ -41,7 +42,7 @@ def check(bundle: Bundle, model_dir: Path, max_drop: float) -> Verdict:
         drift = golden.replay(engine, model_dir / golden.FILE_NAME)
     except golden.GoldenMismatch as error:
         return Verdict(accuracy, reference, None, str(error))
-    if reference - accuracy > max_drop / 100 + 1e-9:
+    if reference - accuracy > max(max_drop / 100, 1 / len(rows)) + 1e-9:
         reason = f"validation accuracy falls from {reference:.4f} to {accuracy:.4f}, more than {max_drop:g} points"
         return Verdict(accuracy, reference, drift, reason)
     return Verdict(accuracy, reference, drift, None)

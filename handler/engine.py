@@ -1,8 +1,8 @@
 """The engine: requests in, results out, in one process and with no server.
 
-    engine = Engine(Path("artifacts/reviews"))
-    [result] = engine.predict([Request(["A fine pair of boots."])])
-    result.predictions[0]  # [{"label": "positive", "score": 0.97}, …]
+engine = Engine(Path("artifacts/reviews"))
+[result] = engine.predict([Request(["A fine pair of boots."])])
+result.predictions[0]  # [{"label": "positive", "score": 0.97}, …]
 """
 
 import json
@@ -99,8 +99,8 @@ class Engine:
         policy = item.parameters.overflow or self.settings.overflow
         if policy == "error":
             raise TooLarge(
-                f"the text has {text.tokens} tokens and the model takes {self.settings.max_length}; shorten it, or send "
-                'the parameter "overflow": "truncate" or "window"'
+                f"the text has {text.tokens} tokens and the model takes {self.settings.max_length}; "
+                'shorten it, or send the parameter "overflow": "truncate" or "window"'
             )
         if policy == "truncate":
             item.windows, item.truncated = text.windows[:1], True

@@ -1,10 +1,10 @@
 """Checks request parameters against a dataclass: its fields are the allowed names, its hints the allowed types."""
 
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from handler.errors import InvalidParameter
 
@@ -39,7 +39,7 @@ def parse(kind: type[P], given: Mapping[str, Any]) -> P:
     """
     if not given:
         return kind()
-    allowed = _allowed(kind)
+    allowed = _allowed(cast(Hashable, kind))
     for name, value in given.items():
         if name not in allowed:
             raise InvalidParameter(f"unknown parameter {_shown(name)}; this task takes: {', '.join(sorted(allowed))}")
@@ -52,7 +52,8 @@ def parse(kind: type[P], given: Mapping[str, Any]) -> P:
 
 
 @cache
-def _allowed(kind: type) -> dict[str, tuple[Any, float | None]]:
+def _allowed(kind: Hashable) -> dict[str, tuple[Any, float | None]]:
+    assert isinstance(kind, type)
     hints = get_type_hints(kind)
     return {f.name: (hints[f.name], f.metadata.get("minimum")) for f in fields(kind)}
 

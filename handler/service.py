@@ -72,7 +72,7 @@ class Service:
             context.set_response_status(code=error.code, phrase=None, idx=index)
             body = _encode(reply.error(error, self._model))
         if grpc:
-            # gRPC StreamPredictions to a model that does not stream kills the worker without this; unary calls ignore it.
+            # Without it gRPC StreamPredictions kills the worker of a model that does not stream; unary calls ignore it.
             headers["ts_stream_next"] = "false"
         context.set_response_content_type(index, "application/json")
         for name, value in headers.items():

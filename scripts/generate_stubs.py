@@ -62,7 +62,7 @@ def _extract(jar: Path, sources: Path) -> None:
 
 
 def _generate(sources: Path, well_known: Path, output: Path) -> None:
-    from grpc_tools import protoc  # type: ignore[import-untyped]  # here: _inside names it when it is missing
+    from grpc_tools import protoc  # here: _inside names it when it is missing
 
     output.mkdir()
     arguments = [

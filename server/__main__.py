@@ -1,8 +1,8 @@
 """The program behind `scripts/serve` and `scripts/stop`.
 
-    scripts/serve                                   every archive of model_store/
-    scripts/serve --models reviews=reviews.mar      one of them
-    scripts/serve --config my.properties --no-auth --foreground
+scripts/serve                                   every archive of model_store/
+scripts/serve --models reviews=reviews.mar      one of them
+scripts/serve --config my.properties --no-auth --foreground
 """
 
 import argparse
@@ -26,13 +26,8 @@ def serve(argv: Sequence[str]) -> None:
     config = arguments.config
     if not config.is_file():
         raise ServerError(f"--config {config}: there is no such file")
-    if running := Server.running():
-        raise ServerError(
-            f"a server started from this folder is running already (process {running.pid}, models "
-            f"{', '.join(running.models)}); stop it with scripts/stop"
-        )
     archives = [verify(name, arguments.store / file) for name, file in chosen(arguments)]
-    check_free(Addresses.read(config))
+    check_no_other(config)
     started = time.monotonic()
     server, logs = start(archives, config, arguments.store, tokens=not arguments.no_auth)
     try:
@@ -47,6 +42,16 @@ def serve(argv: Sequence[str]) -> None:
     sys.stdout.flush()
     if arguments.foreground:
         stay(server)
+
+
+def check_no_other(config: Path) -> None:
+    """Raises ServerError if a server of this folder is running, or another program has one of its ports."""
+    if running := Server.running():
+        raise ServerError(
+            f"a server started from this folder is running already (process {running.pid}, models "
+            f"{', '.join(running.models)}); stop it with scripts/stop"
+        )
+    check_free(Addresses.read(config))
 
 
 def wait_until_ready(server: Server, archives: Sequence[Archive], logs: Logs, timeout: float) -> None:
@@ -145,10 +150,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1:2] == ["stop"]:
-            stop()
-        else:
-            serve(sys.argv[2:])
+        match sys.argv[1:]:
+            case ["stop"]:
+                stop()
+            case ["check"]:
+                check_no_other(ROOT / "config.properties")
+            case ["serve", *rest]:
+                serve(rest)
+            case _:
+                sys.exit("use scripts/serve or scripts/stop")
     except (ArchiveError, ServerError) as error:
         sys.exit(f"scripts/{sys.argv[1]}: {error}")
     except KeyboardInterrupt:

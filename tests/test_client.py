@@ -229,9 +229,7 @@ def grpc_server(backend: Backend, stubs: dict[str, Any], port: int = 0) -> tuple
         def Predictions(self, request: Any, context: Any) -> Any:
             body = request.input["data"]
             seen = Request(request.model_name, request.model_version or None, body, token(context))
-            return stubs["inference_pb2"].PredictionResponse(
-                prediction=checked(backend.predict(seen), context)
-            )
+            return stubs["inference_pb2"].PredictionResponse(prediction=checked(backend.predict(seen), context))
 
     class Management(stubs["management_pb2_grpc"].ManagementAPIsServiceServicer):  # type: ignore[misc]
         def DescribeModel(self, request: Any, context: Any) -> Any:
@@ -343,9 +341,7 @@ def test_classify_one_text_that_failed_raises(client: Client, backend: Backend) 
         client.classify("sentiment", "")
 
 
-@pytest.mark.parametrize(
-    "predictions", [[LABELS], [LABELS] * 3, {"label": "x"}, [LABELS, "x"], [LABELS, [{}]]]
-)
+@pytest.mark.parametrize("predictions", [[LABELS], [LABELS] * 3, {"label": "x"}, [LABELS, "x"], [LABELS, [{}]]])
 def test_classify_refuses_another_shape(client: Client, backend: Backend, predictions: Any) -> None:
     backend.script = [answers(predictions)]
     with pytest.raises(marble_client.BadResponse):
@@ -542,9 +538,7 @@ def test_nobody_there(transport: str, dead_port: int) -> None:
     servers = Servers(Backend(), f"http://{address}", address)
     with servers.client(transport) as client:
         for call in (lambda: client.predict("x", "x"), lambda: client.ready("x"), client.models):
-            with pytest.raises(
-                marble_client.ConnectionFailed, match=r"no server at .*start one with scripts/serve"
-            ):
+            with pytest.raises(marble_client.ConnectionFailed, match=r"no server at .*start one with scripts/serve"):
                 call()
 
 
@@ -622,9 +616,7 @@ def test_retry_after_is_respected(servers: Servers, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("value", ["3600", "Fri, 01 Jan 2100 00:00:00 GMT"])
-def test_retry_after_beyond_the_deadline_is_not_waited_for(
-    servers: Servers, backend: Backend, value: str
-) -> None:
+def test_retry_after_beyond_the_deadline_is_not_waited_for(servers: Servers, backend: Backend, value: str) -> None:
     backend.script = [fails(503, Retry_After=value)]
     began = time.monotonic()
     with servers.client("rest", timeout=5) as client, pytest.raises(marble_client.Unavailable) as caught:
@@ -702,9 +694,7 @@ def test_only_a_refused_connection_is_tried_again() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf])
-def test_a_timeout_is_a_positive_number(
-    servers: Servers, client: Client, transport: str, seconds: float
-) -> None:
+def test_a_timeout_is_a_positive_number(servers: Servers, client: Client, transport: str, seconds: float) -> None:
     with pytest.raises(ValueError, match="positive number of seconds"):
         servers.client(transport, timeout=seconds)
     with pytest.raises(ValueError, match="positive number of seconds"):
@@ -737,9 +727,7 @@ def test_models_stops_when_pages_do_not_advance(client: Client, backend: Backend
         client.models()
 
 
-def test_models_skips_one_that_went_away(
-    client: Client, backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_skips_one_that_went_away(client: Client, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     backend.models["gone"] = ["READY"]
     describe = backend.describe
 
@@ -929,9 +917,7 @@ def test_predict_of_an_unknown_model_says_where_to_look(marble: Marble) -> None:
     assert "'marble models'" in err
 
 
-def test_a_refused_token_says_where_tokens_were_sought(
-    marble: Marble, backend: Backend, tmp_path: Path
-) -> None:
+def test_a_refused_token_says_where_tokens_were_sought(marble: Marble, backend: Backend, tmp_path: Path) -> None:
     backend.key = "right"
     code, out, err = marble("predict", "sentiment", "a")
     assert (code, out) == (1, "")
@@ -1113,8 +1099,6 @@ def test_generating_stubs_again_changes_nothing(stubs: dict[str, Any]) -> None:
 
 
 def test_generating_stubs_without_torchserve_says_so() -> None:
-    done = subprocess.run(
-        [sys.executable, "-S", GENERATE], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-S", GENERATE], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "torchserve is not installed here" in done.stderr

@@ -58,7 +58,9 @@ def _bundled() -> BaseModel:
 
 def _local(folder: Path) -> BaseModel:
     if not (folder / "config.json").is_file():
-        raise UserError(f"--base-model {folder}: there is no config.json in it; name a folder that save_pretrained wrote")
+        raise UserError(
+            f"--base-model {folder}: there is no config.json in it; name a folder that save_pretrained wrote"
+        )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(

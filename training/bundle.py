@@ -125,9 +125,7 @@ def provenance(
     return {
         "command": list(command),
         "arguments": arguments,
-        "data": {
-            name: {"file": Path(path).name, "sha256": sha256(Path(path))} for name, path in files.items() if path
-        },
+        "data": {name: {"file": Path(path).name, "sha256": sha256(Path(path))} for name, path in files.items() if path},
         "base_model": {"name": base.name, "sha256": base.sha256, "licence": base.licence},
         "weights_sha256": sha256(stage / "model.safetensors"),
         "code": {"commit": _commit(), "sha256": _code_digest()},

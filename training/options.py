@@ -47,7 +47,9 @@ class TrainerOptions(TrainingArguments):
     num_train_epochs: float = field(default=4.0, metadata={"help": "passes over the training data"})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "examples of one optimiser step"})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "examples of one evaluation step"})
-    warmup_steps: float = field(default=0.1, metadata={"help": "steps of linear warm-up; below 1: a share of all steps"})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "steps of linear warm-up; below 1: a share of all steps"}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decay, not on biases and norms"})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "batches of like length hold less padding"}
@@ -68,7 +70,7 @@ class TrainerOptions(TrainingArguments):
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = has_fast_bf16()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has not annotated it
 
 
 def has_fast_bf16() -> bool:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +33,13 @@ def load(model_dir: Path, settings: Settings, auto_model: str) -> Backend:
     """
     if settings.precision not in PRECISIONS:
         raise ValueError(f"precision {settings.precision!r} is not one of {', '.join(PRECISIONS)}")
-    kind: Any
-    if settings.backend == "torch":
-        from handler.backends.torch import TorchBackend as kind
-    elif settings.backend == "openvino":
-        from handler.backends.openvino import OpenVinoBackend as kind
-    else:
-        raise ValueError(f"backend {settings.backend!r} is not one of {', '.join(BACKENDS)}")
     threads = settings.threads or len(os.sched_getaffinity(0))
-    backend: Backend = kind(model_dir, settings.precision, threads, auto_model)
-    return backend
+    if settings.backend == "torch":
+        from handler.backends.torch import TorchBackend
+
+        return TorchBackend(model_dir, settings.precision, threads, auto_model)
+    if settings.backend == "openvino":
+        from handler.backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend(model_dir, settings.precision, threads)
+    raise ValueError(f"backend {settings.backend!r} is not one of {', '.join(BACKENDS)}")

@@ -1,4 +1,4 @@
-"""The OpenVINO backend: the IR that `archiver` exported, compiled for this CPU. Imports neither torch nor transformers."""
+"""The OpenVINO backend: the IR that `archiver` exported, compiled for this CPU; no torch, no transformers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +13,7 @@ MODEL_FILE = "openvino_model.xml"
 class OpenVinoBackend:
     """Runs an OpenVINO model on the CPU in fp32 or bf16."""
 
-    def __init__(self, model_dir: Path, precision: str, threads: int, auto_model: str) -> None:
-        del auto_model  # the IR says all there is to know of the model
+    def __init__(self, model_dir: Path, precision: str, threads: int) -> None:
         self._model = openvino.Core().compile_model(
             model_dir / MODEL_FILE,
             "CPU",

@@ -30,9 +30,10 @@ def decode(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request,
     requests have none. Raises RequestError if no format can read it.
     """
     value = body.read(row, headers)
-    for wire in (open_inference, kserve_v1):
-        if wire.matches(value):
-            return wire.decode(value)
+    if open_inference.matches(value):
+        return open_inference.decode(value)
+    if kserve_v1.matches(value):
+        return kserve_v1.decode(value)
     return hugging_face.decode(value)
 
 

@@ -18,13 +18,14 @@ def read(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Any:
     TorchServe has decoded some bodies already (exact `application/json`, `text/*`) and hands the others over as
     bytes. JSON without a content type, as over gRPC, is recognised. Raises RequestError if nothing can be read.
     """
-    if not row:
-        raise UnreadableRequest('the request has no body; send JSON such as {"inputs": "a text"}, or plain text')
     name = next((field for field in ("body", "data") if field in row), None)
-    if name is None:
+    if name is None and (row or "form" in _header("content-type", headers)):
+        # What `curl -d` sends unless told otherwise; TorchServe has taken it apart already.
         raise UnsupportedMediaType(
-            "the body is a web form without a field named data; send it with the header Content-Type: application/json"
+            "the body came as a web form; send it with the header Content-Type: application/json"
         )
+    if name is None:
+        raise UnreadableRequest('the request has no body; send JSON such as {"inputs": "a text"}, or plain text')
     value, media_type = row[name], _media_type(name, headers)
     if not isinstance(value, bytes | bytearray):
         return value
@@ -49,7 +50,9 @@ def parse_json(value: bytes | bytearray | str) -> Any:
     except json.JSONDecodeError as error:
         raise UnreadableRequest(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
     except (UnicodeDecodeError, RecursionError, ValueError):
-        raise UnreadableRequest("the body is not valid JSON: not UTF-8, nested too deeply, or a number too long") from None
+        raise UnreadableRequest(
+            "the body is not valid JSON: not UTF-8, nested too deeply, or a number too long"
+        ) from None
 
 
 def _sniffed(text: str) -> Any:
@@ -81,9 +84,10 @@ def _media_type(field: str, headers: Mapping[str, Any]) -> str:
 
 
 def _charset(headers: Mapping[str, Any]) -> str:
-    for name, value in headers.items():
-        if name.lower() == "content-type" and isinstance(value, str):
-            match = re.search(r'charset="?([\w.:-]+)', value, re.IGNORECASE)
-            return match[1] if match else "utf-8"
-    return "utf-8"
+    match = re.search(r'charset="?([\w.:-]+)', _header("content-type", headers), re.IGNORECASE)
+    return match[1] if match else "utf-8"
 
+
+def _header(wanted: str, headers: Mapping[str, Any]) -> str:
+    """A header of the HTTP request by its lower-case name; clients choose the case. "" if absent."""
+    return next((v for name, v in headers.items() if name.lower() == wanted and isinstance(v, str)), "")

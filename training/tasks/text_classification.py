@@ -99,7 +99,7 @@ def load_base(base: BaseModel, labels: list[str]) -> tuple[PreTrainedModel, PreT
 
 
 def _attention() -> dict[str, Any]:
-    """Attention without dropout in the plain kernel on a CPU: its random numbers cost more than the attention itself."""
+    """On a CPU the plain kernel without dropout: the random numbers cost more than the attention itself."""
     if torch.cuda.is_available():
         return {}
     return {"attn_implementation": "eager", "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0}
