@@ -92,6 +92,7 @@ def main() -> None:
                 "training_samples_per_second": trained.metrics["train_samples_per_second"],
             }
             bundle.write_json(stage, "metrics.json", metrics)
+            given = json.loads(arguments.to_json_string())  # type: ignore[no-untyped-call]
             sources = bundle.provenance(
                 stage,
                 base=base,
@@ -100,7 +101,7 @@ def main() -> None:
                     "validation": options.validation_file,
                     "test": options.test_file,
                 },
-                arguments={**vars(options), **json.loads(arguments.to_json_string())},
+                arguments={**vars(options), **given},
                 command=sys.argv,
             )
             bundle.write_json(stage, "provenance.json", sources)

@@ -46,6 +46,12 @@ class InvalidParameter(RequestError):
     code = 422
 
 
+class NotSupported(RequestError):
+    """Something that this model or this server does not offer."""
+
+    code = 501
+
+
 class InternalError(RequestError):
     """A defect of the server, not of the request."""
 

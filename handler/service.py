@@ -10,7 +10,7 @@ from typing import Any
 
 from handler import digests, formats, golden
 from handler.engine import Engine
-from handler.errors import InternalError, RequestError, TooLarge
+from handler.errors import InternalError, NotSupported, RequestError, TooLarge
 from handler.formats import Reply
 from handler.messages import Model, Request, Result
 
@@ -100,7 +100,10 @@ class Service:
 
 
 def _open(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request | RequestError, Reply]:
+    """The request of one row, or what is wrong with it; and how to reply."""
     try:
+        if headers.get("explain") == "True":
+            raise NotSupported("this model gives no explanations; ask it for predictions")
         return formats.decode(row, headers)
     except RequestError as error:
         return error, formats.reply_to_unreadable(row, headers)

@@ -19,7 +19,9 @@ REVIEWS = ROOT / "examples" / "reviews"
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(*command: object, cwd: Path = ROOT, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: object, cwd: Path = ROOT, timeout: float = 280, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a command, offline; does not raise for a failure."""
     return subprocess.run(
         [str(part) for part in command],
@@ -127,9 +129,7 @@ def write_config(folder: Path, **changes: object) -> tuple[Path, list[int]]:
 
 def serve(folder: Path, store: Path, config: Path, *options: object) -> subprocess.CompletedProcess[str]:
     """Runs the program behind scripts/serve with `folder` as its working directory."""
-    return run(
-        *(sys.executable, "-m", "server", "serve", "--store", store, "--config", config, *options), cwd=folder
-    )
+    return run(*(sys.executable, "-m", "server", "serve", "--store", store, "--config", config, *options), cwd=folder)
 
 
 def stop(folder: Path) -> subprocess.CompletedProcess[str]:
