@@ -7,10 +7,13 @@ The archive is canonical: one bundle and one choice of backend and precision giv
 """
 
 import argparse
+import fcntl
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -24,10 +27,14 @@ from training.errors import UserError
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     bundle = source.check(arguments.bundle)
-    name = arguments.name or arguments.bundle.resolve().name
+    name = arguments.bundle.resolve().name if arguments.name is None else arguments.name
     check_name(name)
     check_version(arguments.version)
-    arguments.store.mkdir(parents=True, exist_ok=True)
+    check_max_drop(arguments.max_drop)
+    try:
+        arguments.store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--store {arguments.store}: no folder to write to ({error.strerror})") from None
     target = arguments.store / f"{name}.mar"
 
     backend = "openvino" if arguments.backend == "auto" else arguments.backend
@@ -44,7 +51,8 @@ def main(argv: list[str]) -> None:
             work=work / "pack",
             target=built,
         )
-        publish(built, target, arguments.version, force=arguments.force)
+        with locked(arguments.store):
+            publish(built, target, arguments.version, force=arguments.force)
     print(f"{target}: version {arguments.version}, {backend} {precision}, {target.stat().st_size / 1e6:.1f} MB")
     print(f"sha256 {sha256(target)}")
     print(f"next: scripts/serve --models {name}={target.name}")
@@ -75,7 +83,8 @@ def build(bundle: source.Bundle, backend: str, arguments: argparse.Namespace, wo
             return model_dir, precision
         print(f"{backend} {precision} does not pass: {verdict.reason}", file=sys.stderr)
     raise UserError(
-        f"{backend} {' and '.join(tried)} did not pass the quality gate; try --backend torch, or --max-drop"
+        f"{backend} {' and '.join(tried)} did not pass the quality gate, as said above; "
+        "try another --backend or --precision, or --max-drop"
     )
 
 
@@ -94,7 +103,10 @@ def publish(built: Path, target: Path, version: str, *, force: bool) -> None:
     """Moves a built archive into the store, with its `.sha256`. Raises UserError before it would replace another one
     of the same version."""
     if target.exists() and not force and sha256(target) != sha256(built):
-        present = pack.manifest(target)["model"]["modelVersion"]
+        try:
+            present = pack.manifest(target)["model"]["modelVersion"]
+        except UserError:
+            raise UserError(f"{target} is there and is not a readable archive; remove it, or add --force") from None
         if present == version:
             raise UserError(
                 f"{target} has version {version} already, with other content; give another --version, or add --force"
@@ -107,6 +119,17 @@ def publish(built: Path, target: Path, version: str, *, force: bool) -> None:
         os.replace(partial, target.with_name(target.name + suffix))
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds other builds off a store, so that an archive and its checksum always come from one of them."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def check_name(name: str) -> None:
     """Raises UserError for a name that TorchServe or a URL would not take."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
@@ -117,8 +140,14 @@ def check_name(name: str) -> None:
 
 def check_version(version: str) -> None:
     """Raises UserError for a version that cannot be put in order."""
-    if not re.fullmatch(r"\d+(\.\d+){0,3}", version):
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+){0,3}", version):
         raise UserError(f"--version {version!r}: use numbers separated by dots, such as 1.0 or 2.3.1")
+
+
+def check_max_drop(points: float) -> None:
+    """Raises UserError for points that are none."""
+    if not 0 <= points <= 100:
+        raise UserError(f"--max-drop {points:g}: give points of accuracy, 0 to 100, such as 0.5")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

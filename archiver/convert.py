@@ -40,13 +40,14 @@ def _export(bundle: Bundle, precision: str, stage: Path) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     auto_model = getattr(transformers, tasks.load(bundle.settings.task).auto_model)
-    model = auto_model.from_pretrained(
-        bundle.path, use_safetensors=True, local_files_only=True, attn_implementation="sdpa"
-    ).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(bundle.path, local_files_only=True)
     # Different batch and length, so that tracing does not take one for the other; a row with padding keeps the mask.
-    example = tokenizer(["one text", "another, longer text"], padding="max_length", max_length=16, return_tensors="pt")
+    texts = ["one text", "another, longer text"]
     try:
+        model = auto_model.from_pretrained(
+            bundle.path, use_safetensors=True, local_files_only=True, attn_implementation="sdpa"
+        ).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(bundle.path, local_files_only=True)
+        example = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warns of every shape it fixes; the gate checks what comes out
             converted = openvino.convert_model(model, example_input=dict(example))

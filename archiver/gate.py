@@ -6,6 +6,7 @@ from pathlib import Path
 from archiver.source import Bundle
 from handler import golden
 from handler.engine import Engine
+from handler.errors import RequestError
 from training.evaluation import classification_metrics, predicted_labels
 
 # Largest drift of a golden score from the fp32 answer. bf16 keeps 8 bits of a number, and softmax passes that on.
@@ -34,13 +35,13 @@ def check(bundle: Bundle, model_dir: Path, max_drop: float) -> Verdict:
     fewer than 200 rows it would be over half a point by itself.
     """
     engine = Engine(model_dir)
-    rows = bundle.validation()
+    rows = bundle.validation
     found = predicted_labels(engine, [row["text"] for row in rows])
-    accuracy = classification_metrics([row["label"] for row in rows], found, bundle.metrics["labels"])["accuracy"]
-    reference = bundle.metrics["splits"]["validation"]["accuracy"]
+    accuracy = classification_metrics([row["label"] for row in rows], found, bundle.labels)["accuracy"]
+    reference = bundle.accuracy
     try:
         drift = golden.replay(engine, model_dir / golden.FILE_NAME)
-    except golden.GoldenMismatch as error:
+    except (golden.GoldenMismatch, RequestError) as error:
         return Verdict(accuracy, reference, None, str(error))
     if reference - accuracy > max(max_drop / 100, 1 / len(rows)) + 1e-9:
         reason = f"validation accuracy falls from {reference:.4f} to {accuracy:.4f}, more than {max_drop:g} points"

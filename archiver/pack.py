@@ -92,8 +92,8 @@ def _zip(folder: Path, target: Path) -> None:
 
 def _moment() -> time.struct_time:
     """SOURCE_DATE_EPOCH (https://reproducible-builds.org/specs/source-date-epoch), or zip's earliest time."""
-    earliest = 315532800
+    earliest, latest = 315532800, 4354819198
     given = os.environ.get("SOURCE_DATE_EPOCH", str(earliest))
     if not given.isdecimal():
         raise UserError(f"SOURCE_DATE_EPOCH={given}: must be a whole number of seconds")
-    return time.gmtime(max(int(given), earliest))
+    return time.gmtime(min(max(int(given), earliest), latest))

@@ -1,5 +1,6 @@
 """Checks request parameters against a dataclass: its fields are the allowed names, its hints the allowed types."""
 
+import math
 import types
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
@@ -42,12 +43,12 @@ def parse(kind: type[P], given: Mapping[str, Any]) -> P:
     allowed = _allowed(cast(Hashable, kind))
     for name, value in given.items():
         if name not in allowed:
-            raise InvalidParameter(f"unknown parameter {_shown(name)}; this task takes: {', '.join(sorted(allowed))}")
+            raise InvalidParameter(f"unknown parameter {shown(name)}; this task takes: {', '.join(sorted(allowed))}")
         hint, minimum = allowed[name]
         if not _fits(value, hint):
-            raise InvalidParameter(f"parameter {name!r} must be {_described(hint)}, not {_shown(value)}")
+            raise InvalidParameter(f"parameter {name!r} must be {_described(hint)}, not {shown(value)}")
         if minimum is not None and value is not None and value < minimum:
-            raise InvalidParameter(f"parameter {name!r} must be at least {minimum}, not {_shown(value)}")
+            raise InvalidParameter(f"parameter {name!r} must be at least {minimum}, not {shown(value)}")
     return kind(**given)
 
 
@@ -71,8 +72,8 @@ def _fits(value: Any, hint: Any) -> bool:
             if type(value) is type(option) and value == option:
                 return True
         elif option is float:
-            # JSON has one kind of number; a bool is not one, though Python counts it as an int.
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            # JSON has one kind of number; a bool is not one, though Python counts it as an int. NaN is none either.
+            if isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf:
                 return True
         elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return True
@@ -84,7 +85,10 @@ def _described(hint: Any) -> str:
     return " or ".join(names[o] if isinstance(o, type) else repr(o) for o in _options(hint))
 
 
-def _shown(value: Any) -> str:
-    """A client's value made safe for a message: ASCII, one line, at most 40 characters; texts are not quoted."""
-    text = ascii(value)
+def shown(value: Any) -> str:
+    """A client's value made safe for a message: ASCII, one line, at most 40 characters."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or lists within lists within lists
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:37]}..."

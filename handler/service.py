@@ -107,6 +107,10 @@ def _open(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request |
         return formats.decode(row, headers)
     except RequestError as error:
         return error, formats.reply_to_unreadable(row, headers)
+    except Exception as error:
+        _log_without_text(error)
+        failure = InternalError("the request could not be read; the server's log has the cause")
+        return failure, formats.reply_to_unreadable(row, headers)
 
 
 def _encode(value: Any) -> bytes:

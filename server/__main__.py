@@ -6,6 +6,7 @@ scripts/serve --config my.properties --no-auth --foreground
 """
 
 import argparse
+import re
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ def serve(argv: Sequence[str]) -> None:
     check_no_other(config)
     started = time.monotonic()
     server, logs = start(archives, config, arguments.store, tokens=not arguments.no_auth)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         wait_until_ready(server, archives, logs, arguments.timeout)
     except BaseException:
@@ -114,13 +116,18 @@ def chosen(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     given = arguments.models or sorted(path.name for path in arguments.store.glob("*.mar"))
     if not given:
         raise ServerError(f"there is no archive in {arguments.store}/; build one with ./build_mar.sh")
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for entry in given:
         name, separator, file = entry.partition("=")
         file = file if separator else name if name.endswith(".mar") else f"{name}.mar"
         if Path(file).name != file:
             raise ServerError(f"--models {entry}: name a file inside {arguments.store}/, without its folder")
-        pairs.append((name.removesuffix(".mar"), file))
+        name = name.removesuffix(".mar")
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ServerError(f"--models {entry}: {name!r} is no model name; use letters, digits, '_', '-' and '.'")
+        if name in dict(pairs):
+            raise ServerError(f"--models {entry}: {name!r} is named twice; serve each archive under a name of its own")
+        pairs.append((name, file))
     return pairs
 
 

@@ -69,7 +69,12 @@ def staged(place: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_place(place: Path, *, overwrite: bool) -> None:
-    """Raises UserError if `place` holds something that must not be replaced."""
+    """Raises UserError if `place` cannot be written, or holds something that must not be replaced."""
+    if not place.name:
+        raise UserError(f"--output-dir {place}: name a new folder for the bundle, e.g. artifacts/reviews")
+    parent = next(folder for folder in place.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output-dir {place}: nothing can be written to {parent}; choose another folder")
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     if not (place / "provenance.json").is_file():

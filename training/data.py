@@ -1,10 +1,12 @@
 """Reads labelled examples from csv, jsonl and parquet files, and refuses what would spoil a training run."""
 
+import glob
+import json
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pandas as pd
@@ -12,10 +14,12 @@ from datasets import ClassLabel, Dataset
 
 from training.errors import UserError
 
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _SHOWN_ROWS = 5
 
 datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by us
 
 
 def read(path: Path) -> Dataset:
@@ -25,23 +29,50 @@ def read(path: Path) -> Dataset:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    kind = _BUILDERS.get(path.suffix.lower())
-    if kind is None:
-        raise UserError(f"{path}: a data file must end in {', '.join(sorted(_BUILDERS))}")
+    kind = path.suffix.lower()
+    if kind not in _SEPARATORS and kind not in _BUILDERS:
+        raise UserError(f"{path}: a data file must end in {', '.join(sorted({**_SEPARATORS, **_BUILDERS}))}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        # Without keep_default_na=False pandas reads the texts "NA", "null" and "None" as missing.
-        options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
     try:
-        # A cache of its own, in memory: a changed file is never answered from an old one.
-        with tempfile.TemporaryDirectory() as cache:
-            return datasets.load_dataset(
-                kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-            )
+        rows = _read_table(path, _SEPARATORS[kind]) if kind in _SEPARATORS else _read_records(path, _BUILDERS[kind])
     except Exception as error:
         raise UserError(f"{path}: {_cause(error)}") from error
+    if len(rows) == 0:
+        raise UserError(f"{path}: there are no rows in it")
+    return rows
+
+
+def _read_table(path: Path, separator: str) -> Dataset:
+    """A csv or tsv file, every value as the string that is written there: "NA", "true" and "007" stay what they are."""
+    with warnings.catch_warnings():
+        # A row with more fields than the header, which would lose some of them.
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, index_col=False)
+    return Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _read_records(path: Path, builder: str) -> Dataset:
+    """A jsonl, json or parquet file."""
+    if path.suffix.lower() == ".jsonl":
+        _check_lines(path)
+    # A cache of its own, in memory: a changed file is never answered from an old one.
+    with tempfile.TemporaryDirectory() as cache:
+        return datasets.load_dataset(
+            builder, data_files=glob.escape(str(path)), split="train", cache_dir=cache, keep_in_memory=True
+        )
+
+
+def _check_lines(path: Path) -> None:
+    """Raises ValueError for the first line that is not an object; pyarrow takes bytes that are not UTF-8 unseen."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                value = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON: {error.msg} at column {error.colno}") from None
+            if not isinstance(value, dict):
+                raise ValueError(f'line {number} is not an object such as {{"text": "…", "label": "…"}}')
 
 
 def _cause(error: BaseException) -> str:
@@ -53,7 +84,13 @@ def _cause(error: BaseException) -> str:
             f"not UTF-8 (byte {error.object[error.start]:#04x}): convert it first, "
             "e.g. iconv -f latin1 -t utf-8 old.csv > new.csv"
         )
+    if isinstance(error, pd.errors.ParserWarning):
+        return 'cannot be read: rows have more fields than the header; put texts that hold the separator in "quotes"'
+    if "corresponds to no data" in str(error):
+        return "there are no rows in it"
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, pd.errors.ParserError):
+        first_line += '; put texts that hold the separator or line breaks in "quotes"'
     return f"cannot be read: {first_line}"
 
 
@@ -62,6 +99,8 @@ def columns(data: Dataset, path: Path, wanted: dict[str, str]) -> Dataset:
 
     wanted: standard name → column name in the file. Raises UserError, listing the columns there are, if one is missing.
     """
+    if len(set(wanted.values())) < len(wanted):
+        raise UserError(f"{path}: column {next(iter(wanted.values()))!r} cannot be both {' and '.join(wanted)}")
     for standard, name in wanted.items():
         if name not in data.column_names:
             raise UserError(
@@ -77,15 +116,20 @@ def check_texts_and_labels(data: Dataset, path: Path, *, skip_bad_rows: bool) ->
     """The rows with a text and a label, labels as strings (or ints as strings), and how many rows were left out.
 
     Raises UserError, naming the rows, for empty texts and missing labels unless they are to be skipped; and for
-    labels that are numbers with a fraction.
+    labels that are numbers with a fraction, lists or objects.
     """
     frame = data.to_pandas()
     assert isinstance(frame, pd.DataFrame)
+    if frame["label"].map(pd.api.types.is_list_like).any():
+        raise UserError(f"{path}: labels are lists or objects; text-classification needs names or integers")
     feature = data.features["label"]
     if isinstance(feature, ClassLabel):
         frame["label"] = [None if value < 0 else feature.names[value] for value in frame["label"]]
     bad_text = frame["text"].map(lambda value: not isinstance(value, str) or not value.strip())
-    bad_label = frame["label"].map(lambda value: pd.isna(value) or not str(value).strip())
+    written = frame["label"].map(lambda value: "" if pd.isna(value) else str(value).strip())
+    # In a csv file labels are strings: numbers may be nan, and 1.0 where 1 is meant.
+    numbers = bool(written.str.fullmatch(r"(-?\d+(\.\d+)?|nan)?", case=False).all())
+    bad_label = (written == "") | (numbers & (written.str.lower() == "nan"))
     if not skip_bad_rows:
         _refuse(path, bad_text, "an empty text, or one that is not a string")
         _refuse(path, bad_label, "no label (empty, null or NaN)")
@@ -94,8 +138,9 @@ def check_texts_and_labels(data: Dataset, path: Path, *, skip_bad_rows: bool) ->
     if frame.empty:
         raise UserError(f"{path}: no row has both a text and a label")
     labels = frame["label"]
-    if pd.api.types.is_float_dtype(labels):
-        if not (labels == labels.round()).all():
+    if pd.api.types.is_float_dtype(labels) or (numbers and written.str.contains(".", regex=False).any()):
+        labels = labels.astype(float)
+        if not (labels % 1 == 0).all():  # infinities fail as well
             raise UserError(f"{path}: labels are numbers with a fraction; text-classification needs names or integers")
         labels = labels.astype(int)
     frame["label"] = labels.map(lambda value: str(value).strip())

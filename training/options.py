@@ -6,6 +6,10 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from training.errors import UserError
+
+METRICS = ("macro_f1", "accuracy", "loss")
+
 
 @dataclass
 class Options:
@@ -44,7 +48,7 @@ class TrainerOptions(TrainingArguments):
 
     output_dir: str | None = field(default=None, metadata={"help": "folder to write the bundle to"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of AdamW"})
-    num_train_epochs: float = field(default=4.0, metadata={"help": "passes over the training data"})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "passes over the training data"})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "examples of one optimiser step"})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "examples of one evaluation step"})
     warmup_steps: float = field(
@@ -59,18 +63,28 @@ class TrainerOptions(TrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "when to log the training loss"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "ship the best epoch, not the last"})
-    metric_for_best_model: str | None = field(default="macro_f1", metadata={"help": "macro_f1 or accuracy"})
+    metric_for_best_model: str | None = field(default="macro_f1", metadata={"help": "macro_f1, accuracy or loss"})
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "mixed precision; if absent, on where the processor is fast at it"}
     )
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin batches; of use on a GPU only"})
 
     def __post_init__(self) -> None:
+        """Raises UserError for values that would end the run later on, when work has been done."""
+        if self.output_dir is None:
+            raise UserError("--output-dir is missing: name the folder to write the bundle to, e.g. artifacts/reviews")
+        if not self.learning_rate > 0:
+            raise UserError(f"--learning-rate {self.learning_rate:g}: give a number above 0, e.g. 1e-4")
+        if str(self.metric_for_best_model).removeprefix("eval_") not in METRICS:
+            raise UserError(f"--metric-for-best-model {self.metric_for_best_model}: choose {' or '.join(METRICS)}")
         if not torch.cuda.is_available():
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = has_fast_bf16()
-        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has not annotated it
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has not annotated it
+        except ValueError as error:
+            raise UserError(" ".join(str(error).split())) from error
 
 
 def has_fast_bf16() -> bool:

@@ -31,7 +31,7 @@ def decode(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request,
     """
     value = body.read(row, headers)
     if open_inference.matches(value):
-        return open_inference.decode(value)
+        return open_inference.decode(value, is_grpc(headers))
     if kserve_v1.matches(value):
         return kserve_v1.decode(value)
     return hugging_face.decode(value)
@@ -41,10 +41,10 @@ def reply_to_unreadable(row: Mapping[str, Any], headers: Mapping[str, Any]) -> R
     """The reply for a request that `decode` refused: in its own format where that can still be told."""
     try:
         value = body.read(row, headers)
-    except RequestError:
+    except Exception:
         return hugging_face.HuggingFaceReply(many=False)
     if open_inference.matches(value):
-        return open_inference.OpenInferenceReply.of(value)
+        return open_inference.OpenInferenceReply.of(value, is_grpc(headers))
     return hugging_face.HuggingFaceReply(many=False)
 
 

@@ -1,5 +1,6 @@
 """The body of a request, whatever its content type: a JSON value, or a text."""
 
+import codecs
 import json
 import re
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from typing import Any
 from handler.errors import RequestError, UnreadableRequest, UnsupportedMediaType
 from handler.formats import open_inference
 
+# Encodings that Python has for purposes of its own. Some take quadratic time, none is a charset.
+_NOT_CHARSETS = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 # The first characters of a JSON object or list, as opposed to a text that happens to begin with a bracket.
 _LOOKS_LIKE_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*["{\[\]])')
 
@@ -57,6 +60,7 @@ def parse_json(value: bytes | bytearray | str) -> Any:
 
 def _sniffed(text: str) -> Any:
     """JSON that came without its content type, or a text."""
+    text = text.removeprefix("\ufeff")  # a byte order mark, as Windows tools write it
     if _LOOKS_LIKE_JSON.match(text):
         return parse_json(text)
     if text[:1] == '"':
@@ -69,6 +73,8 @@ def _sniffed(text: str) -> Any:
 
 def _text(value: bytes | bytearray, charset: str) -> str:
     try:
+        if codecs.lookup(charset).name in _NOT_CHARSETS:
+            raise LookupError
         return value.decode(charset)
     except LookupError:
         raise UnsupportedMediaType("the charset of the content type is not known; send UTF-8") from None

@@ -4,13 +4,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from handler.errors import InvalidInput, InvalidParameter
+from handler.parameters import shown
 
 
 def only(value: Mapping[str, Any], allowed: Collection[str]) -> None:
     """Raises InvalidParameter if the object has a field that is not allowed."""
     if unknown := [name for name in value if name not in allowed]:
-        shown = ", ".join(ascii(name)[:40] for name in unknown[:5])
-        raise InvalidParameter(f"unknown field {shown}; the body takes: {', '.join(sorted(allowed))}")
+        names = ", ".join(shown(name) for name in unknown[:5])
+        raise InvalidParameter(f"unknown field {names}; the body takes: {', '.join(sorted(allowed))}")
 
 
 def parameters(value: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,14 @@ from handler.errors import InvalidInput, RequestError, UnreadableRequest
 from handler.formats import fields
 from handler.formats.hugging_face import details
 from handler.messages import Model, Request, Result
+from handler.parameters import shown
 
 _FIELDS = ("id", "model_name", "model_version", "inputs", "parameters", "outputs")
 # Parameters of the protocol itself, which ask for nothing that a text answer has.
 _PROTOCOL_PARAMETERS = ("binary_data_output",)
+# The answer repeats the id, so an endless one would make an endless answer, and TorchServe ends a worker that gives it.
+_MAX_ID = 1024
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +37,14 @@ class OpenInferenceReply:
     outputs: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, value: Mapping[str, Any]) -> "OpenInferenceReply":
+    def of(cls, value: Mapping[str, Any], grpc: bool) -> "OpenInferenceReply":
         """The reply to a body for which `matches` holds, however broken the rest of it is."""
         identifier, wanted = value.get("id"), value.get("outputs")
         names = [o.get("name") for o in wanted if isinstance(o, dict)] if isinstance(wanted, list) else []
-        # TorchServe writes the model's name into the JSON it makes of a gRPC message; REST bodies do not carry it.
         return cls(
-            identifier if isinstance(identifier, str) else "",
-            "model_name" in value,
+            identifier if isinstance(identifier, str) and len(identifier) <= _MAX_ID else "",
+            # TorchServe writes the model's name into the JSON it makes of an Open Inference gRPC message.
+            grpc and "model_name" in value,
             tuple(name for name in names if isinstance(name, str)),
         )
 
@@ -51,7 +56,7 @@ class OpenInferenceReply:
         tensors = _tensors(result.predictions)
         if unknown := set(self.outputs) - {tensor["name"] for tensor in tensors}:
             names = ", ".join(tensor["name"] for tensor in tensors)
-            raise InvalidInput(f"there is no output {ascii(min(unknown))[:40]}; this model gives: {names}")
+            raise InvalidInput(f"there is no output {shown(min(unknown))}; this model gives: {names}")
         chosen = [tensor for tensor in tensors if not self.outputs or tensor["name"] in self.outputs]
         body = self._body(chosen, model)
         if result.details and not self.grpc:
@@ -70,15 +75,19 @@ class OpenInferenceReply:
 
 
 def matches(value: Any) -> bool:
-    """Whether a body is of this format: its inputs are tensors."""
+    """Whether a body is of this format: its inputs are tensors, or none at all in what TorchServe makes of gRPC."""
     inputs = value.get("inputs") if isinstance(value, dict) else None
-    return isinstance(inputs, list) and bool(inputs) and isinstance(inputs[0], dict) and "datatype" in inputs[0]
+    if inputs == []:
+        return "model_name" in value
+    return isinstance(inputs, list) and isinstance(inputs[0], dict) and "datatype" in inputs[0]
 
 
-def decode(value: Any) -> tuple[Request, OpenInferenceReply]:
+def decode(value: Any, grpc: bool) -> tuple[Request, OpenInferenceReply]:
     """Reads a body for which `matches` holds. Raises RequestError if it is malformed."""
-    reply = OpenInferenceReply.of(value)
+    reply = OpenInferenceReply.of(value, grpc)
     fields.only(value, _FIELDS)
+    if reply.id != (value.get("id") or ""):
+        raise InvalidInput(f"id must be a string of at most {_MAX_ID} characters")
     if len(value["inputs"]) != 1:
         raise InvalidInput(f"send one input tensor of texts, not {len(value['inputs'])}")
     [tensor] = value["inputs"]
@@ -87,8 +96,10 @@ def decode(value: Any) -> tuple[Request, OpenInferenceReply]:
     shape, data = tensor.get("shape"), _flat(fields.items(tensor.get("data"), "data"))
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise InvalidInput("the input tensor's shape must be a list of non-negative integers")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise InvalidInput(f"the input tensor has {len(shape)} dimensions; send at most {_MAX_DIMENSIONS}")
     if math.prod(shape) != len(data):
-        raise InvalidInput(f"the input tensor's shape {shape} does not fit its {len(data)} elements")
+        raise InvalidInput(f"the input tensor's shape {shown(shape)} does not fit its {len(data)} elements")
     texts = [_from_base64(text) for text in data] if reply.grpc else data
     given = fields.parameters(value)
     parameters = {name: given[name] for name in given if name not in _PROTOCOL_PARAMETERS}
@@ -99,7 +110,7 @@ def header_length(headers: Mapping[str, Any]) -> int | None:
     """Bytes of JSON before the raw tensor data, None if the body has none."""
     for name, value in headers.items():
         if name.lower() == "inference-header-content-length":
-            if isinstance(value, str) and value.isdecimal():
+            if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
                 return int(value)
             raise UnreadableRequest("Inference-Header-Content-Length must be a number of bytes")
     return None
@@ -113,7 +124,11 @@ def read_binary(body: bytes, json_length: int) -> Any:
         for tensor in value["inputs"]:
             size = (tensor.get("parameters") or {}).pop("binary_data_size", None)
             if size is not None:
+                if not 0 <= size <= len(rest):
+                    raise ValueError
                 tensor["data"], rest = _elements(rest[:size]), rest[size:]
+        if rest:
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UnreadableRequest("the binary tensor data does not fit the JSON in front of it") from None
     return value

@@ -63,12 +63,13 @@ class TextClassification:
         return [{"label": self._labels[index], "score": float(scores[index])} for index in order]
 
     def drift(self, expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> float:
-        """Largest difference of a label's score; inf if the labels differ."""
+        """Largest difference of a label's score, NaN if one is; inf if the labels differ."""
         before = {entry["label"]: entry["score"] for entry in expected}
         after = {entry["label"]: entry["score"] for entry in found}
         if before.keys() != after.keys():
             return float("inf")
-        return max((abs(before[label] - after[label]) for label in before), default=0.0)
+        # Unlike max(), numpy's keeps a NaN wherever it stands.
+        return float(np.max([abs(before[label] - after[label]) for label in before], initial=0.0))
 
 
 def activate(logits: NDArray[np.float64], function: Activation) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
     AutoConfig,
@@ -84,10 +85,18 @@ def load_base(base: BaseModel, labels: list[str]) -> tuple[PreTrainedModel, PreT
             **_attention(),
         )
         tokenizer = AutoTokenizer.from_pretrained(base.location, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base.location, config=config, use_safetensors=True, trust_remote_code=False
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            base.location,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # the head of a model with other labels is replaced
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+        encoder = f"{model.base_model_prefix}."
+        if misfits := [str(name) for name, *_ in loading["mismatched_keys"] if str(name).startswith(encoder)]:
+            raise ValueError(f"its weights do not fit its config.json: {misfits[0]}")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--base-model {base.name}: cannot be loaded as a text classifier: {reason}") from error
     if not tokenizer.is_fast:

@@ -1,0 +1,117 @@
+"""Micro-batches: every text once, within the budget, padded as little as the shapes allow."""
+
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+import numpy as np
+import pytest
+from tokenizers import Encoding
+
+from handler.batching import collate, micro_batches, padded
+
+
+@dataclass
+class Tokens:
+    """As much of an Encoding as batching needs."""
+
+    ids: list[int]
+    type_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encoding(*ids: int, type_id: int = 0) -> Encoding:
+    return cast(Encoding, Tokens(list(ids), [type_id] * len(ids)))
+
+
+@pytest.mark.parametrize(("length", "expected"), [(0, 0), (1, 8), (7, 8), (8, 8), (9, 16), (250, 256), (257, 264)])
+def test_padded_is_the_next_multiple_of_eight(length: int, expected: int) -> None:
+    assert padded(length) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "expected"),
+    [
+        ([], 64, []),
+        ([5], 64, [[0]]),
+        ([9, 3, 10, 2], 32, [[3, 1], [0, 2]]),
+        ([3, 3, 3, 3, 3], 16, [[0, 1], [2, 3], [4]]),
+        ([8, 8], 16, [[0, 1]]),
+        ([8, 9], 16, [[0], [1]]),
+        ([500, 2, 600], 64, [[1], [0], [2]]),
+        ([2, 2, 500], 8, [[0], [1], [2]]),
+        ([1, 1], 0, [[0], [1]]),
+    ],
+)
+def test_groups(lengths: list[int], budget: int, expected: list[list[int]]) -> None:
+    assert list(micro_batches(lengths, budget)) == expected
+
+
+def test_any_lengths_and_budget() -> None:
+    chance = random.Random(0)
+    for _ in range(500):
+        budget = chance.choice([8, 64, 1000, 4096])
+        longest = chance.choice([8, 64, 512])
+        lengths = [chance.randint(1, longest) for _ in range(chance.randint(0, 200))]
+        groups = list(micro_batches(lengths, budget))
+        assert all(groups)
+        assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+        for group in groups:
+            cost = len(group) * padded(max(lengths[index] for index in group))
+            assert cost <= budget or len(group) == 1
+        # Sorted by length across groups, and each group full: its next text would not have fitted.
+        in_order = [lengths[index] for group in groups for index in group]
+        assert in_order == sorted(lengths)
+        for group, following in pairwise(groups):
+            assert (len(group) + 1) * padded(lengths[following[0]]) > budget
+
+
+def test_collate_pads_on_the_right() -> None:
+    arrays = collate([encoding(5, 6, 7, type_id=1), encoding(9), encoding(*range(1, 10))], pad_id=3, max_length=256)
+    assert {name: (array.dtype, array.shape) for name, array in arrays.items()} == {
+        name: (np.dtype(np.int64), (3, 16)) for name in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    assert arrays["input_ids"].tolist() == [
+        [5, 6, 7] + [3] * 13,
+        [9] + [3] * 15,
+        [1, 2, 3, 4, 5, 6, 7, 8, 9] + [3] * 7,
+    ]
+    assert arrays["attention_mask"].tolist() == [[1] * 3 + [0] * 13, [1] + [0] * 15, [1] * 9 + [0] * 7]
+    assert arrays["token_type_ids"].tolist() == [[1] * 3 + [0] * 13, [0] * 16, [0] * 16]
+
+
+@pytest.mark.parametrize(
+    ("longest", "max_length", "expected"),
+    [
+        (1, 256, 8),
+        (8, 256, 8),
+        (9, 256, 16),
+        (250, 256, 256),
+        (250, 250, 250),
+        (249, 250, 250),
+        (8, 10, 8),
+        (9, 10, 10),
+    ],
+)
+def test_length_is_a_multiple_of_eight_but_never_over_the_maximum(longest: int, max_length: int, expected: int) -> None:
+    arrays = collate([encoding(*range(longest)), encoding(1)], pad_id=0, max_length=max_length)
+    assert arrays["input_ids"].shape == (2, expected)
+
+
+def test_any_encodings_come_back_out_of_their_arrays() -> None:
+    chance = random.Random(1)
+    for _ in range(200):
+        max_length = chance.choice([16, 100, 250])
+        pad_id = chance.choice([0, 1])
+        lengths = [chance.randint(1, max_length) for _ in range(chance.randint(1, 9))]
+        rows = [[chance.randint(2, 99) for _ in range(length)] for length in lengths]
+        arrays = collate([encoding(*row) for row in rows], pad_id, max_length)
+        length = arrays["input_ids"].shape[1]
+        assert length <= max_length
+        assert length % 8 == 0 or length == max_length
+        for row, ids, mask in zip(rows, arrays["input_ids"], arrays["attention_mask"], strict=True):
+            assert ids.tolist() == row + [pad_id] * (length - len(row))
+            assert mask.tolist() == [1] * len(row) + [0] * (length - len(row))
