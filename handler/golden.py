@@ -49,13 +49,15 @@ def replay(engine: Engine, path: Path) -> float:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The examples of a golden file. Raises ValueError if it is missing, empty or not JSON lines."""
+    """The examples of a golden file. Raises ValueError if it is missing, empty or not JSON lines of examples."""
     try:
         examples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except FileNotFoundError:
         raise ValueError(f"{path.name} is missing: a model without a golden set cannot prove that it works") from None
     except ValueError as error:
         raise ValueError(f"{path.name} is not JSON lines: {error}") from None
+    if not all(isinstance(example, dict) and {"inputs", "predictions"} <= example.keys() for example in examples):
+        raise ValueError(f"{path.name} has a line without inputs and predictions")
     if not examples:
         raise ValueError(f"{path.name} is empty: a model without a golden set cannot prove that it works")
     return examples

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import requests
@@ -200,7 +200,7 @@ def test_every_door_gives_the_same_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The hub's client refuses even local addresses in offline mode.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     found = door(served)
     assert list(found) == list(expected)  # highest score first
     # Open Inference over gRPC and its FP32 tensors carry 24 bits.

@@ -65,9 +65,8 @@ def grpc(**fields: bytes) -> Sent:
 def grpc_tensors(*texts: bytes, **changes: Any) -> Sent:
     """Open Inference gRPC, which TorchServe turns into JSON with base64."""
     tensor = {"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": [encoded(text) for text in texts]}
-    return Sent(
-        {"body": (JSON, json.dumps({"id": "7", "model_name": "m", "inputs": [tensor], **changes}).encode())}, {}
-    )
+    body = {"id": "7", "model_name": "m", "inputs": [tensor], **changes}
+    return Sent({"body": (JSON, json.dumps(body).encode())}, {})
 
 
 def encoded(text: bytes) -> str:
