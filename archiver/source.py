@@ -53,8 +53,7 @@ def check(path: Path) -> Bundle:
     with _reading(path / "config.json") as config:
         task(json.loads(config.read_text(encoding="utf-8")))
     with _reading(path / golden.FILE_NAME) as examples:
-        for example in golden.read(examples):
-            _ = example["inputs"], example["predictions"]
+        golden.read(examples)
     with _reading(path / "validation.jsonl") as validation:
         rows = [{"text": row["text"], "label": row["label"]} for row in _json_lines(validation)]
         if not rows:

@@ -238,7 +238,9 @@ def test_texts_that_look_a_little_like_json_are_texts(text: str, send: Any) -> N
 
 
 def test_text_declared_as_text_is_never_taken_for_json() -> None:
-    assert decode(rest(TYPED, "text/plain"))[0] == Request([json.dumps(TYPED)])
+    text = json.dumps(TYPED)
+    assert decode(rest(text.encode(), "text/plain"))[0] == Request([text])
+    assert decode(rest(text.encode("utf-16"), "text/plain; charset=utf-16"))[0] == Request([text])
 
 
 @pytest.fixture(scope="module")
@@ -448,6 +450,7 @@ BROKEN_BINARY = {
     "truncated body": binary(b"abc", size=7, raw=b"\x03\x00\x00\x00ab"),
     "element beyond the body": binary(b"abc", raw=b"\xff\xff\xff\xffabc"),
     "negative size": binary(b"abc", size=-1, raw=b"\x03\x00\x00\x00abcd"),
+    "negative size of nothing": binary(size=-1),
     "very negative size": binary(b"abc", size=-(10**30)),
     "huge size": binary(b"abc", size=10**30),
     "size of another type": binary(b"abc", size="7"),

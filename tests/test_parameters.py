@@ -18,6 +18,7 @@ class Sample(CommonParameters):
     count: int | None = at_least(1)
     ratio: float | None = at_least(0)
     mode: Literal["fast", "exact"] | None = None
+    level: Literal[0, 1] | None = None
     name: str = ""
     number: float = 1.0
 
@@ -73,7 +74,7 @@ def test_null_is_the_default(name: str) -> None:
 
 def test_an_unknown_name_lists_the_allowed_ones() -> None:
     assert refusal({"top_p": 1}) == (
-        "unknown parameter 'top_p'; this task takes: count, details, mode, name, number, overflow, ratio"
+        "unknown parameter 'top_p'; this task takes: count, details, level, mode, name, number, overflow, ratio"
     )
     assert refusal({"top_n": 1}, TextClassificationParameters) == (
         "unknown parameter 'top_n'; this task takes: details, function_to_apply, overflow, top_k"
@@ -106,6 +107,8 @@ def test_one_wrong_parameter_beside_right_ones() -> None:
         ({"details": "true"}, "parameter 'details' must be true or false, not 'true'"),
         ({"mode": "slow"}, "parameter 'mode' must be 'fast' or 'exact' or null, not 'slow'"),
         ({"mode": ["fast"]}, "parameter 'mode' must be 'fast' or 'exact' or null, not ['fast']"),
+        ({"level": True}, "parameter 'level' must be 0 or 1 or null, not True"),
+        ({"level": 1.0}, "parameter 'level' must be 0 or 1 or null, not 1.0"),
         ({"overflow": False}, "parameter 'overflow' must be 'error' or 'truncate' or 'window' or null, not False"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",

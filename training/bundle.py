@@ -23,6 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from handler import golden
 from handler.digests import sha256
 from handler.engine import Engine
+from handler.errors import TooLarge
+from handler.messages import Request
 from training.base_model import BaseModel
 from training.errors import UserError
 
@@ -114,6 +116,8 @@ def write_golden(stage: Path, engine: Engine, rows: Dataset, seed: int) -> int:
     longest = max(all_texts, key=len)
     too_long = " ".join([longest] * (1 + engine.settings.max_length * 2 // max(1, len(longest.split()))))
     texts += [longest, too_long, *_GOLDEN_ODD]
+    if engine.settings.overflow == "error":  # which has no answer to a text that is too long
+        texts = [text for text in texts if not isinstance(engine.predict([Request([text])])[0], TooLarge)]
     (stage / golden.FILE_NAME).write_text(golden.record(engine, texts), encoding="utf-8")
     return len(texts)
 
