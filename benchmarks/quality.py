@@ -89,7 +89,8 @@ def without_neutral(bundle: Path, sst2: Path) -> float:
     [outcome] = Engine(bundle).predict([Request(rows["text"].tolist(), many=True)])
     if isinstance(outcome, RequestError):
         raise outcome
-    scores = [{entry["label"]: entry["score"] for entry in prediction} for prediction in outcome.predictions]
+    predictions: list[Any] = list(outcome.predictions)
+    scores = [{entry["label"]: entry["score"] for entry in prediction} for prediction in predictions]
     found = ["positive" if entry["positive"] > entry["negative"] else "negative" for entry in scores]
     return float((pd.Series(found) == rows["label"]).mean())
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marble_client import MarbleError, RestClient, find_tokens
-
 from server.archive import Archive, ArchiveError, verify
 from server.torchserve import ROOT, Addresses, Logs, Server, ServerError, check_free, start
 

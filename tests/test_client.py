@@ -19,8 +19,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import grpc
-import marble_client
 import pytest
+
+import marble_client
 from marble_client import (
     Client,
     GrpcClient,

@@ -9,13 +9,13 @@ import logging
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_formats import JSON, Sent, encoded, form, grpc, grpc_tensors, received, rest, tensor
+from test_formats import JSON, Sent, form, grpc, grpc_tensors, received, rest, tensor
 from ts.context import Context
 from ts.protocol.otf_message_handler import create_predict_response
 
@@ -354,27 +354,38 @@ def test_a_good_batch_is_predicted_in_one_go(service: Service, batch: Any) -> No
     assert poisoned.calls == 1
 
 
-def test_a_row_on_which_decoding_fails_fails_alone(
-    batch: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    decode = formats.decode
+def failing_on_secret(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, failing on a row that holds SECRET with a message that quotes it."""
 
     def failing(row: Any, headers: Any) -> Any:
         if SECRET in str(row):
             raise KeyError(SECRET)
-        return decode(row, headers)
+        return function(row, headers)
 
-    monkeypatch.setattr(formats, "decode", failing)
-    tensors = Sent(
-        {"body": (JSON, json.dumps({"id": SECRET, "model_name": "m", "inputs": [tensor(encoded(b"a"))]}).encode())}, {}
-    )
-    found = batch(GOOD, rest({"inputs": SECRET}, JSON), tensors, GOOD)
+    return failing
+
+
+def test_a_row_on_which_decoding_fails_fails_alone(
+    batch: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(formats, "decode", failing_on_secret(formats.decode))
+    found = batch(GOOD, rest({"inputs": SECRET}, JSON), grpc_tensors(b"a", id=SECRET), GOOD)
     assert [answer.status for answer in found] == [200, 500, 500, 200]
     assert found[1].body["type"] == "InternalError"
     assert sorted(found[2].body) == ["id", "model_name", "model_version", "outputs"]
     out, err = capfd.readouterr()
     assert SECRET not in out + err
     assert err.count("KeyError in a request") == 2
+
+
+def test_a_row_whose_body_cannot_be_read_at_all_fails_alone(
+    batch: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(formats.body, "read", failing_on_secret(formats.body.read))
+    found = batch(GOOD, rest({"inputs": SECRET}, JSON), GOOD)
+    assert [answer.status for answer in found] == [200, 500, 200]
+    assert found[1].body["type"] == "InternalError"
+    assert SECRET not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), object()], ids=["nan", "inf", "object"])

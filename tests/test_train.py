@@ -414,27 +414,30 @@ def test_the_same_seed_gives_the_same_model_and_another_one_does_not(
 def test_integer_labels_imbalance_bad_rows_a_test_file_and_a_base_of_other_labels(bundle: Path, tmp_path: Path) -> None:
     """From a bundle of three labels to one of two: its head is replaced, its encoder kept."""
     data, test = tmp_path / "data.csv", write_csv(tmp_path / "test.csv", (1, 0))
+    with test.open("a", encoding="utf-8") as file:
+        file.write("很好的书" * 700 + ",1\n")  # no blank in it, and more windows than one answer may have
     rows = [*(f"common {i},0" for i in range(40)), *(f"rare {i},1" for i in range(8)), ",1", "no label,"]
     data.write_text("text,label\n" + "\n".join(rows) + "\n")
     place = tmp_path / "bundle"
-    options = ("--test-file", test, "--overflow", "window", "--skip-bad-rows")
-    printed = train(data, place, bundle, *NO_CHECKPOINTS, *options)
-    assert "train: 43 rows (0 36, 1 7)" in printed
-    assert "validation: 5 rows (0 4, 1 1)" in printed
+    files = ("--validation-file", test, "--test-file", test)
+    printed = train(data, place, bundle, *NO_CHECKPOINTS, *files, "--overflow", "window", "--skip-bad-rows")
+    assert "train: 48 rows (0 40, 1 8)" in printed
+    assert "validation: 61 rows (0 30, 1 31)" in printed
     assert "left out 2 rows" in printed
-    assert "out of balance: '0' has 36 training rows and '1' 7" in printed
+    assert "out of balance: '0' has 40 training rows and '1' 8" in printed
     assert "for 4 steps" in printed
-    assert re.search(r"test: accuracy 0\.\d{4}, macro-F1 0\.\d{4} \(60 rows\)\ntrue \\ predicted", printed)
+    assert re.search(r"test: accuracy [01]\.\d{4}, macro-F1 [01]\.\d{4} \(61 rows\)\ntrue \\ predicted", printed)
     assert load(place / "config.json")["id2label"] == {"0": "0", "1": "1"}
     metrics = load(place / "metrics.json")
     assert metrics["labels"] == ["0", "1"]
     assert metrics["rows_skipped"] == 2
-    assert {split: scores["rows"] for split, scores in metrics["splits"].items()} == {"validation": 5, "test": 60}
+    assert {split: scores["rows"] for split, scores in metrics["splits"].items()} == {"validation": 61, "test": 61}
     assert {row["label"] for row in rows_of(place / "validation.jsonl")} == {"0", "1"}
     assert yaml.safe_load((place / "model-config.yaml").read_text())["handler"]["overflow"] == "window"
     base = load(place / "provenance.json")["base_model"]
     assert base["sha256"] == load(bundle / "provenance.json")["weights_sha256"]
     assert golden.replay(Engine(place), place / golden.FILE_NAME) <= 1e-5
+    assert "很好的书" * 20 in max((example["inputs"] for example in rows_of(place / golden.FILE_NAME)), key=len)
     name = "bert.encoder.layer.5.output.dense.weight"
     with safe_open(place / "model.safetensors", "np") as new, safe_open(bundle / "model.safetensors", "np") as old:
         assert abs(new.get_tensor(name) - old.get_tensor(name)).max() < 1e-2

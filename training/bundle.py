@@ -31,6 +31,7 @@ from training.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "scikit-learn")
 _GOLDEN_PER_LABEL = 4
+_CHARACTERS_PER_TOKEN = 20  # more than any language has on average
 # Texts unlike any review: a model must answer them too, and the same way after every conversion.
 _GOLDEN_ODD = ("", "?", "Ünïcödé, 漢字 and 🙂", "word " * 40)
 
@@ -114,10 +115,11 @@ def write_golden(stage: Path, engine: Engine, rows: Dataset, seed: int) -> int:
     for label in range(min(len(names), 16)):
         texts += [all_texts[index] for index in order if labels[index] == label][:_GOLDEN_PER_LABEL]
     longest = max(all_texts, key=len)
-    too_long = " ".join([longest] * (1 + engine.settings.max_length * 2 // max(1, len(longest.split()))))
+    enough = engine.settings.max_length * _CHARACTERS_PER_TOKEN
+    too_long = (f"{longest} " * (1 + enough // len(longest)))[:enough]
     texts += [longest, too_long, *_GOLDEN_ODD]
-    if engine.settings.overflow == "error":  # which has no answer to a text that is too long
-        texts = [text for text in texts if not isinstance(engine.predict([Request([text])])[0], TooLarge)]
+    # What the overflow policy or a limit refuses has no answer to record.
+    texts = [text for text in texts if not isinstance(engine.predict([Request([text])])[0], TooLarge)]
     (stage / golden.FILE_NAME).write_text(golden.record(engine, texts), encoding="utf-8")
     return len(texts)
 

@@ -9,7 +9,7 @@ from handler.engine import Engine
 from handler.errors import RequestError
 from handler.messages import Request
 
-_TEXTS_PER_REQUEST = 256
+_TEXTS_PER_BATCH = 256
 
 
 def predicted_labels(engine: Engine, texts: Sequence[str]) -> list[str]:
@@ -18,14 +18,15 @@ def predicted_labels(engine: Engine, texts: Sequence[str]) -> list[str]:
     Raises RequestError if the engine refuses a text.
     """
     labels: list[str] = []
-    for start in range(0, len(texts), _TEXTS_PER_REQUEST):
-        batch = texts[start : start + _TEXTS_PER_REQUEST]
-        [outcome] = engine.predict([Request(batch, {"top_k": 1, "overflow": "truncate"}, many=True)])
-        if isinstance(outcome, RequestError):
-            raise outcome
-        for prediction in outcome.predictions:
-            if isinstance(prediction, RequestError):
-                raise prediction
+    limit = engine.settings.max_characters
+    for start in range(0, len(texts), _TEXTS_PER_BATCH):
+        batch = texts[start : start + _TEXTS_PER_BATCH]
+        requests = [Request([text[:limit]], {"top_k": 1, "overflow": "truncate"}) for text in batch]
+        for outcome in engine.predict(requests):
+            if isinstance(outcome, RequestError):
+                raise outcome
+            [prediction] = outcome.predictions
+            assert not isinstance(prediction, RequestError)
             labels.append(prediction[0]["label"])
     return labels
 
