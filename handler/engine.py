@@ -6,7 +6,7 @@ result.predictions[0]  # [{"label": "positive", "score": 0.97}, …]
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ from tokenizers import Encoding
 
 from handler import backends, tasks
 from handler.batching import collate, micro_batches
-from handler.errors import InvalidInput, RequestError, TooLarge
+from handler.errors import InvalidInput, Overloaded, RequestError, TooLarge
 from handler.messages import Request, Result, Usage
 from handler.parameters import CommonParameters, parse
 from handler.settings import Settings
 from handler.tokenization import EncodedText, TextTokenizer
+
+# A batch may hold as much work as this many requests of the largest size.
+_BATCH_SHARE = 4
 
 
 @dataclass(slots=True)
@@ -45,7 +48,7 @@ class Engine:
 
     def __init__(self, model_dir: Path, **overrides: Any) -> None:
         self.settings = replace(Settings.load(model_dir), **overrides)
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        config = _read_config(model_dir / "config.json")
         self.task = tasks.load(self.settings.task)(config)
         self._tokenizer = TextTokenizer(model_dir, self.settings.max_length, self.settings.stride)
         self._pad_id = int(config.get("pad_token_id") or 0)
@@ -58,14 +61,16 @@ class Engine:
         one request or one of its inputs becomes its own RequestError and leaves the others alone.
         """
         jobs = [self._open(request) for request in requests]
-        items = [item for job in jobs if isinstance(job, list) for item in job if item.outcome is None]
+        _ration(jobs, lambda item: len(item.text), self.settings.max_characters, "characters")
+        items = _open_items(jobs)
         encoded = self._tokenizer([item.text for item in items]) if items else []
         for item, text in zip(items, encoded, strict=True):
             try:
                 self._admit(item, text)
             except RequestError as error:
                 item.outcome = error
-        self._run([item for item in items if item.outcome is None])
+        _ration(jobs, lambda item: sum(map(len, item.windows)), self.settings.max_tokens, "tokens to run")
+        self._run(_open_items(jobs))
         return [_close(job) if isinstance(job, list) else job for job in jobs]
 
     def _open(self, request: Request) -> list[_Item] | RequestError:
@@ -139,6 +144,38 @@ class Engine:
         ordered = np.empty_like(logits)
         ordered[indices] = logits
         return ordered
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); build or copy the model again") from None
+    return config
+
+
+def _open_items(jobs: Sequence[list[_Item] | RequestError]) -> list[_Item]:
+    """Items of all requests that have no outcome yet."""
+    return [item for job in jobs if isinstance(job, list) for item in job if item.outcome is None]
+
+
+def _ration(jobs: list[list[_Item] | RequestError], cost: Callable[[_Item], int], most: int, unit: str) -> None:
+    """Bounds the work of a batch, so that no request, and no number of them, keeps a worker past its response timeout.
+
+    A request that costs more than `most` is refused for good (413). Of the others, those that would take the batch
+    over four times as much are to be sent again (503).
+    """
+    spent = 0
+    for index, job in enumerate(jobs):
+        needed = sum(map(cost, _open_items([job])))
+        if needed > most:
+            jobs[index] = TooLarge(
+                f"the request has {needed} {unit}; at most {most} are taken: send fewer inputs at once"
+            )
+        elif spent + needed > most * _BATCH_SHARE:
+            jobs[index] = Overloaded("the server is busy with other large requests; send this one again in a moment")
+        else:
+            spent += needed
 
 
 def _close(items: Sequence[_Item]) -> Result | RequestError:

@@ -46,6 +46,12 @@ class InvalidParameter(RequestError):
     code = 422
 
 
+class Overloaded(RequestError):
+    """The batch this request came in is full of work; the same request succeeds when it is sent again."""
+
+    code = 503
+
+
 class NotSupported(RequestError):
     """Something that this model or this server does not offer."""
 

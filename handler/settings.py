@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -20,7 +20,8 @@ class Settings:
     overflow: policy for longer texts where a request names none.
     max_windows: a text that needs more is refused (413).
     max_inputs: inputs of one request; more are refused (413).
-    max_characters: a longer text is refused (413) before any time is spent on it.
+    max_characters: a text, or all texts of a request, with more are refused (413) before any time is spent on them.
+    max_tokens: tokens of one request that may go through the model, windows counted apart; more are refused (413).
     token_budget: tokens of one micro-batch, padding included.
     max_response_bytes: a longer answer is refused (413); stays below TorchServe's `max_response_size`.
     threads: intra-op threads; None takes the CPUs this process may use.
@@ -36,6 +37,7 @@ class Settings:
     max_windows: int = 64
     max_inputs: int = 1024
     max_characters: int = 1_000_000
+    max_tokens: int = 32_768
     token_budget: int = 4096
     max_response_bytes: int = 6_000_000
     threads: int | None = None
@@ -64,6 +66,8 @@ class Settings:
             settings = cls(**section)
         except TypeError as error:
             raise ValueError(f"{path}: {error}") from None
+        if settings.overflow not in get_args(Overflow):
+            raise ValueError(f"{path}: overflow {settings.overflow!r} is not one of {', '.join(get_args(Overflow))}")
         if settings.stride >= settings.max_length // 2:
             raise ValueError(f"{path}: stride {settings.stride} must be below half of max_length {settings.max_length}")
         return settings

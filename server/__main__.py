@@ -33,16 +33,17 @@ def serve(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         wait_until_ready(server, archives, logs, arguments.timeout)
+        print(f"ready in {time.monotonic() - started:.1f} s: {', '.join(server.models)}")
+        print(
+            f"REST {server.addresses.inference}/predictions/NAME   gRPC {server.addresses.grpc}   process {server.pid}"
+        )
+        print("tokens: none needed" if arguments.no_auth else "tokens: key_file.json (the marble command finds it)")
+        sys.stdout.flush()
+        if arguments.foreground:
+            stay(server)
     except BaseException:
         server.stop()
         raise
-    addresses = server.addresses
-    print(f"ready in {time.monotonic() - started:.1f} s: {', '.join(server.models)}")
-    print(f"REST {addresses.inference}/predictions/NAME   gRPC {addresses.grpc}   process {server.pid}")
-    print("tokens: none needed" if arguments.no_auth else "tokens: key_file.json (the marble command finds it)")
-    sys.stdout.flush()
-    if arguments.foreground:
-        stay(server)
 
 
 def check_no_other(config: Path) -> None:
@@ -96,17 +97,11 @@ def answers(server: Server, archive: Archive) -> bool:
 
 
 def stay(server: Server) -> None:
-    """Waits for the server to end, or ends it when told to. Exits with 1 if it ended by itself."""
-
-    def stop(*_: object) -> None:
-        server.stop()
-        sys.exit(0)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    """Waits until told to end. Raises ServerError if the server ends by itself."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     while server.process() is not None:
         time.sleep(0.5)
-    server.stop()
     raise ServerError("TorchServe ended by itself; logs/ has the cause")
 
 

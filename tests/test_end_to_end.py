@@ -78,12 +78,13 @@ def predictions(served: Served, model: str, body: bytes) -> bytes:
         return bytes(stub.Predictions(request, metadata=metadata(served), timeout=60).prediction)
 
 
-def open_inference(served: Served, model: str, tensor: dict[str, Any]) -> Any:
+def open_inference(served: Served, model: str, tensor: dict[str, Any] | None, identifier: str = "7") -> Any:
     """Open Inference gRPC."""
     with grpc.insecure_channel(served.grpc) as channel:
         stub = open_inference_grpc_pb2_grpc.GRPCInferenceServiceStub(channel)
         message = open_inference_grpc_pb2.ModelInferRequest
-        request = message(model_name=model, id="7", inputs=[message.InferInputTensor(**tensor)])
+        tensors = [message.InferInputTensor(**tensor)] if tensor else []
+        request = message(model_name=model, id=identifier, inputs=tensors)
         return stub.ModelInfer(request, metadata=metadata(served), timeout=60)
 
 
@@ -257,6 +258,12 @@ def test_a_text_of_100_000_tokens(served: Served, same_workers: None) -> None:
     assert "at most 64 windows" in refused.json()["error"]
 
 
+def test_a_flood_of_windows_is_refused(served: Served, same_workers: None) -> None:
+    answer = ask(served, {"inputs": ["a " * 14_000] * 5, "parameters": {"overflow": "window"}})
+    assert answer.status_code == 413
+    assert "tokens to run; at most 32768 are taken" in answer.json()["error"]
+
+
 BAD_REQUESTS: list[tuple[str, bytes, str | None, int, str]] = [
     ("no body", b"", None, 400, "no body|empty"),
     ("empty json body", b"", "application/json", 400, "empty|no body"),
@@ -391,15 +398,22 @@ def test_streamed_grpc_to_a_model_that_does_not_stream(served: Served, same_work
         {"name": "t", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [b"\xff\xfe"]}},
         {"name": "t", "datatype": "BYTES", "shape": [1]},
         {"name": "t", "datatype": "nonsense", "shape": [1]},
+        None,
     ],
-    ids=["datatype", "shape", "not utf-8", "no contents", "unknown datatype"],
+    ids=["datatype", "shape", "not utf-8", "no contents", "unknown datatype", "no tensor"],
 )
-def test_bad_open_inference_over_grpc(served: Served, same_workers: None, tensor: dict[str, Any]) -> None:
+def test_bad_open_inference_over_grpc(served: Served, same_workers: None, tensor: dict[str, Any] | None) -> None:
     answer = open_inference(served, "reviews", tensor)
     [output] = answer.outputs
     assert output.name == "error"
     error = json.loads(json.loads(output.contents.bytes_contents[0]))
     assert error["code"] in (400, 422)
+
+
+def test_an_endless_id_over_grpc(served: Served, same_workers: None) -> None:
+    tensor = {"name": "t", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [b"a"]}}
+    answer = open_inference(served, "reviews", tensor, "é" * 1_000_000)
+    assert [output.name for output in answer.outputs] == ["error"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"other": b"a"}, {"data": b""}, {"data": b"a", "body": b"b"}])

@@ -20,7 +20,15 @@ from conftest import OFFLINE, REVIEWS
 from numpy.typing import NDArray
 
 from handler.engine import Engine
-from handler.errors import InternalError, InvalidInput, InvalidParameter, RequestError, TooLarge, UnreadableRequest
+from handler.errors import (
+    InternalError,
+    InvalidInput,
+    InvalidParameter,
+    Overloaded,
+    RequestError,
+    TooLarge,
+    UnreadableRequest,
+)
 from handler.messages import Request, Result, Usage
 from handler.settings import Settings
 from handler.tasks.text_classification import TextClassification, TextClassificationParameters
@@ -378,7 +386,7 @@ def test_overflow_window_is_the_length_weighted_mean_of_its_windows(
     bundle: Path, tokenizer: Any, logits_of: Callable[[list[int]], NDArray[np.float32]]
 ) -> None:
     engine = Engine(bundle, max_length=64, stride=16)
-    for text in [*long_texts(), words(65), words(64 + 48 * 3 + 1)]:
+    for text in [*long_texts()[2:], words(65), words(64 + 48 * 3 + 1)]:
         first, *content, last = tokenizer(text)["input_ids"]
         windows = []
         while True:
@@ -443,10 +451,34 @@ def test_max_inputs(bundle: Path) -> None:
 
 
 def test_max_characters(bundle: Path) -> None:
-    engine = Engine(bundle, max_characters=10)
-    result = ask(engine, ["x" * 10, "é" * 11, "é" * 10])
+    engine = Engine(bundle, max_characters=20)
+    result = ask(engine, ["x" * 10, "é" * 21, "é" * 10])
     assert [isinstance(entry, TooLarge) for entry in result.predictions] == [False, True, False]
-    assert str(result.predictions[1]) == "the text has 11 characters; at most 10 are taken"
+    assert str(result.predictions[1]) == "the text has 21 characters; at most 20 are taken"
+    error = refusal(engine, ["x" * 10, "é" * 11])
+    assert isinstance(error, TooLarge)
+    assert str(error) == "the request has 21 characters; at most 20 are taken: send fewer inputs at once"
+
+
+def test_max_tokens_counts_what_runs(bundle: Path) -> None:
+    engine = Engine(bundle, max_tokens=600)
+    long = words(1000)
+    assert ask(engine, [long, long], overflow="truncate").usage.windows == 2  # 512 tokens run
+    for texts, overflow in (([long], "window"), ([long] * 3, "truncate")):
+        error = refusal(engine, texts, overflow=overflow)
+        assert isinstance(error, TooLarge)
+        assert "tokens to run; at most 600 are taken" in str(error)
+
+
+def test_a_batch_of_large_requests_is_bounded(bundle: Path) -> None:
+    """No number of requests may keep the worker past its response timeout; those too many are to be sent again."""
+    engine = Engine(bundle, max_tokens=100)
+    large, small = Request([words(88)]), Request(["a"])
+    *first, fifth, last = engine.predict([large] * 4 + [large, small])
+    assert all(isinstance(outcome, Result) for outcome in first)
+    assert isinstance(fifth, Overloaded)
+    assert fifth.code == 503
+    assert isinstance(last, Result)
 
 
 def test_a_small_token_budget_changes_no_answer(engine: Engine, bundle: Path, mixed: list[str]) -> None:

@@ -1,214 +1,353 @@
-"""scripts/serve: what may not be served is named before or while it starts, and nothing is left behind."""
+"""scripts/serve: what it refuses to serve and why, and that it leaves nothing behind, whichever way it ends."""
 
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import conftest
 import psutil
 import pytest
 import requests
-from conftest import OFFLINE, ROOT, run, serve, stop, succeeded, write_config
+from conftest import ROOT, serve, stop, write_config
+
+NAME = "reviews-fp32"
 
 
-def checksum(archive: Path) -> None:
-    """Writes the .sha256 that belongs to an archive."""
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    archive.with_name(archive.name + ".sha256").write_text(f"{digest}  {archive.name}\n")
+@dataclass(frozen=True)
+class Place:
+    """A folder to serve from, a store, and a configuration with ports of its own."""
 
+    folder: Path
+    store: Path
+    config: Path
+    ports: list[int]
 
-def repack(source: Path, target: Path, *, digests: bool = True, **changes: Callable[[bytes], bytes]) -> None:
-    """Copies an archive with some members changed; with `digests` its list of digests is made to fit."""
-    with zipfile.ZipFile(source) as old:
-        members = {name: old.read(name) for name in old.namelist()}
-    for name, change in changes.items():
-        members[name] = change(members[name])
-    if digests:
-        listing = {n: hashlib.sha256(m).hexdigest() for n, m in sorted(members.items()) if n != "digests.json"}
-        members["digests.json"] = json.dumps(listing).encode()
-    with zipfile.ZipFile(target, "w") as new:
-        for name, content in members.items():
-            new.writestr(name, content)
-    checksum(target)
+    def processes(self) -> list[psutil.Process]:
+        """Everything started from here that still runs: launcher, JVM and workers, wherever they hang."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("MARBLE_TEST") == str(self.folder):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                pass
+        return found
+
+    def assert_nothing_is_left(self) -> None:
+        """No process, no listener, no key, no state and no scratch folder."""
+        _, alive = psutil.wait_procs(self.processes(), timeout=10)
+        assert alive == []
+        for port in self.ports:
+            socket.create_server(("127.0.0.1", port)).close()
+        assert not (self.folder / "key_file.json").exists()
+        assert not (self.folder / "run" / "server.json").exists()
+        assert list((self.folder / "tmp").glob("marble-*")) == []
+
+    def refuses(self, *options: object, store: Path | None = None) -> str:
+        """What scripts/serve says on stderr when it refuses."""
+        done = serve(self.folder, store or self.store, self.config, *options)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("scripts/serve: ")
+        self.assert_nothing_is_left()
+        return done.stderr.removeprefix("scripts/serve: ")
+
+    def refuses_in_a_line(self, *options: object, store: Path | None = None) -> str:
+        message = self.refuses(*options, store=store)
+        assert message.count("\n") == 1
+        return message
+
+    def start(self, *options: object) -> "subprocess.Popen[str]":
+        """Starts scripts/serve without waiting for it."""
+        options = ("serve", "--store", self.store, "--config", self.config, *options)
+        return subprocess.Popen(
+            [sys.executable, "-m", "server", *map(str, options)],
+            cwd=self.folder,
+            env=conftest.OFFLINE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """An empty working directory with a store in it; whatever was started there must have ended by itself."""
+def place(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A folder with an archive in its store. Whatever a failed test has left running is ended."""
+    folder = tmp_path / "serve"
+    (folder / "tmp").mkdir(parents=True)
     (tmp_path / "store").mkdir()
-    yield tmp_path
-    left = [p for p in psutil.process_iter(["cmdline"]) if any(str(tmp_path) in a for a in p.info["cmdline"] or [])]
-    stop(tmp_path)
-    assert not left
+    for suffix in (".mar", ".mar.sha256"):
+        os.link(store / f"{NAME}{suffix}", tmp_path / "store" / f"{NAME}{suffix}")
+    config, ports = write_config(folder)
+    # Children inherit both; the first tells them from those of other tests.
+    monkeypatch.setitem(conftest.OFFLINE, "MARBLE_TEST", str(folder))
+    monkeypatch.setitem(conftest.OFFLINE, "TMPDIR", str(folder / "tmp"))
+    place = Place(folder, tmp_path / "store", config, ports)
+    yield place
+    for process in place.processes():
+        process.kill()
 
 
-def refused(folder: Path, *options: object, config: Path | None = None) -> str:
-    """What scripts/serve says when it must not start; its ports are free afterwards."""
-    path, ports = (config, []) if config else write_config(folder)
-    done = serve(folder, folder / "store", path, *options)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stderr.startswith("scripts/serve: ")
-    assert "Traceback" not in done.stderr.splitlines()[0]
-    for port in ports:
-        socket.create_server(("127.0.0.1", port)).close()
-    return done.stderr
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def test_an_empty_store(folder: Path) -> None:
-    assert "there is no archive in" in refused(folder)
+def write_checksum(archive: Path) -> None:
+    text = f"{digest(archive.read_bytes())}  {archive.name}\n"
+    archive.with_name(f"{archive.name}.sha256").unlink(missing_ok=True)
+    archive.with_name(f"{archive.name}.sha256").write_text(text)
 
 
-def test_a_missing_archive(folder: Path) -> None:
-    assert "there is no such archive; build it" in refused(folder, "--models", "nobody=nobody.mar")
+def rewrite(place: Place, changes: dict[str, Callable[[bytes], bytes]], *, digests: bool = True) -> None:
+    """Changes members of the archive and gives it a new checksum; and new digests, as a careful forger would."""
+    archive = place.store / f"{NAME}.mar"
+    with zipfile.ZipFile(archive) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    members |= {name: change(members[name]) for name, change in changes.items()}
+    if digests:
+        listed = {name: digest(content) for name, content in members.items() if name != "digests.json"}
+        members["digests.json"] = json.dumps(listed).encode()
+    archive.unlink()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    write_checksum(archive)
 
 
-def test_an_archive_without_checksum(folder: Path, store: Path) -> None:
-    (folder / "store" / "reviews.mar").write_bytes((store / "reviews.mar").read_bytes())
-    assert "reviews.mar.sha256 is missing" in refused(folder)
+# --- Refused before TorchServe starts --------------------------------------------------------------------------------
 
 
-def test_a_truncated_archive(folder: Path, store: Path) -> None:
-    content = (store / "reviews.mar").read_bytes()
-    (folder / "store" / "reviews.mar").write_bytes(content[: len(content) // 2])
-    (folder / "store" / "reviews.mar.sha256").write_bytes((store / "reviews.mar.sha256").read_bytes())
-    assert "incomplete or was changed" in refused(folder)
+def test_an_archive_that_is_not_there(place: Place) -> None:
+    message = place.refuses_in_a_line("--models", "nothing=nothing.mar")
+    assert "nothing.mar: there is no such archive" in message
+    assert "./build_mar.sh --bundle artifacts/nothing" in message
 
 
-def test_a_truncated_archive_with_its_own_checksum(folder: Path, store: Path) -> None:
-    archive = folder / "store" / "reviews.mar"
-    archive.write_bytes((store / "reviews.mar").read_bytes()[:-1000])
-    checksum(archive)
-    assert "not a model archive" in refused(folder)
+@pytest.mark.parametrize("kind", ["empty", "missing"])
+def test_a_store_without_archives(place: Place, tmp_path: Path, kind: str) -> None:
+    if kind == "empty":
+        (tmp_path / kind).mkdir()
+    message = place.refuses_in_a_line(store=tmp_path / kind)
+    assert "there is no archive in" in message
+    assert "./build_mar.sh" in message
 
 
-def test_a_zip_that_is_no_marble_archive(folder: Path) -> None:
-    archive = folder / "store" / "other.mar"
+def test_a_configuration_that_is_not_there(place: Place) -> None:
+    place.config.unlink()
+    assert "config.properties: there is no such file" in place.refuses_in_a_line()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["x=../store/reviews-fp32.mar"], "without its folder"),
+        (["x=/etc/passwd"], "without its folder"),
+        (["../store/reviews-fp32.mar"], "without its folder"),
+        ([f"a b={NAME}.mar"], "'a b' is no model name"),
+        ([f"={NAME}.mar"], "'' is no model name"),
+        ([f"x={NAME}.mar", f"x={NAME}.mar"], "'x' is named twice"),
+    ],
+)
+def test_bad_models(place: Place, options: list[str], words: str) -> None:
+    message = place.refuses_in_a_line("--models", *options)
+    assert words in message
+    assert f"--models {options[-1]}" in message
+
+
+def test_an_archive_without_its_checksum(place: Place) -> None:
+    (place.store / f"{NAME}.mar.sha256").unlink()
+    message = place.refuses_in_a_line()
+    assert f"{NAME}.mar.sha256 is missing" in message
+    assert "copy it beside it" in message
+
+
+@pytest.mark.parametrize("damage", ["cut off", "one bit", "other checksum", "empty checksum"])
+def test_an_archive_that_is_not_what_its_checksum_says(place: Place, damage: str) -> None:
+    archive = place.store / f"{NAME}.mar"
+    checksum = archive.with_name(f"{archive.name}.sha256")
+    content = bytearray(archive.read_bytes())
+    match damage:
+        case "cut off":
+            archive.unlink()
+            archive.write_bytes(content[: len(content) // 2])
+        case "one bit":
+            content[len(content) // 2] ^= 1
+            archive.unlink()
+            archive.write_bytes(content)
+        case _:
+            checksum.unlink()
+            checksum.write_text("" if damage.startswith("empty") else f"{'0' * 64}  {archive.name}\n")
+    message = place.refuses_in_a_line()
+    assert f"its SHA-256 is not the one in {NAME}.mar.sha256" in message
+    assert "copy or build it again" in message
+
+
+def test_a_zip_that_is_no_archive_of_ours(place: Place) -> None:
+    archive = place.store / "other.mar"
+    archive.write_bytes(b"no zip at all")
+    write_checksum(archive)
+    assert "not a model archive" in place.refuses_in_a_line("--models", "other")
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("MAR-INF/MANIFEST.json", "{}")
-    checksum(archive)
-    assert "has no golden.jsonl, model-config.yaml" in refused(folder)
+        file.writestr("handler.py", "print('hello')")
+    write_checksum(archive)
+    message = place.refuses_in_a_line("--models", "other")
+    assert "has no golden.jsonl, model-config.yaml; build it with build_mar.sh" in message
 
 
-@pytest.mark.parametrize("entry", ["x=../x.mar", "/etc/passwd", "x=a/b.mar"])
-def test_a_path_out_of_the_store(folder: Path, entry: str) -> None:
-    assert "without its folder" in refused(folder, "--models", entry)
-
-
-def test_a_missing_config(folder: Path) -> None:
-    assert "there is no such file" in refused(folder, config=folder / "nothing.properties")
-
-
-def test_a_busy_port_is_named(folder: Path, store: Path) -> None:
-    config, ports = write_config(folder)
-    with socket.create_server(("127.0.0.1", ports[3])):
-        done = serve(folder, store, config)
+@pytest.mark.parametrize("which", range(5), ids=["inference", "management", "metrics", "grpc", "grpc management"])
+def test_a_busy_port(place: Place, which: int) -> None:
+    with socket.create_server(("127.0.0.1", place.ports[which])):
+        done = serve(place.folder, place.store, place.config)
     assert done.returncode == 1
-    assert f"port {ports[3]} on 127.0.0.1 is not free" in done.stderr
+    assert f"port {place.ports[which]} on 127.0.0.1 is not free" in done.stderr
+    assert done.stderr.count("\n") == 1
+    place.assert_nothing_is_left()
 
 
-def test_a_handler_that_fails_to_import_shows_its_traceback(folder: Path, store: Path) -> None:
-    repack(
-        store / "reviews-fp32.mar",
-        folder / "store" / "broken.mar",
-        **{"handler/engine.py": lambda code: b"import a_module_nobody_has\n" + code},
-    )
-    said = refused(folder)
-    assert "model 'broken' did not load: ModuleNotFoundError: No module named 'a_module_nobody_has'" in said
-    assert 'handler/engine.py", line 1' in said
+# --- Refused by the worker, when it loads ----------------------------------------------------------------------------
 
 
-def test_a_golden_set_that_is_not_kept_is_named(folder: Path, store: Path) -> None:
-    def other(content: bytes) -> bytes:
-        first, rest = content.split(b"\n", 1)
-        example = json.loads(first)
-        example["predictions"][0]["score"] += 0.25
-        return json.dumps(example).encode() + b"\n" + rest
-
-    repack(store / "reviews-fp32.mar", folder / "store" / "drifts.mar", **{"golden.jsonl": other})
-    said = refused(folder)
-    assert "golden example 1 of" in said
-    assert "drifts by 0.25" in said
+def test_a_handler_that_fails_to_import(place: Place) -> None:
+    """TorchServe alone would say "No module named ts.torch_handler…"."""
+    rewrite(place, {"handler/engine.py": lambda source: source + b"\nimport a_package_that_nobody_has\n"})
+    message = place.refuses()
+    assert message.startswith(f"model '{NAME}' did not load: ModuleNotFoundError: No module named 'a_package_that_")
+    assert "Traceback (most recent call last):" in message
+    assert re.search(r"handler/engine\.py\", line \d+, in <module>\n +import a_package_that_nobody_has\n", message)
 
 
-def test_a_member_changed_after_packing_is_named(folder: Path, store: Path) -> None:
-    repack(
-        store / "reviews-fp32.mar",
-        folder / "store" / "changed.mar",
-        digests=False,
-        **{"config.json": lambda content: content.replace(b'"hidden', b' "hidden', 1)},
-    )
-    assert "config.json does not have the digest in digests.json" in refused(folder)
+def test_a_golden_set_that_does_not_fit_the_model(place: Place) -> None:
+    def lower_the_second(content: bytes) -> bytes:
+        rows = [json.loads(line) for line in content.decode().split("\n") if line]
+        for entry in rows[1]["predictions"]:
+            entry["score"] -= 0.25
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    rewrite(place, {"golden.jsonl": lower_the_second})
+    message = place.refuses()
+    assert re.match(rf"model '{NAME}' did not load: GoldenMismatch: golden example 2 of \d+ drifts by 0\.25,", message)
+    assert "more than the tolerance 0.001 of openvino fp32" in message
 
 
-def test_without_tokens_and_a_second_start(folder: Path, store: Path) -> None:
-    config, ports = write_config(folder)
-    models = ("--models", "reviews-fp32")
-    out = succeeded(serve(folder, store, config, "--no-auth", *models))
-    assert "ready in" in out
-    answer = requests.post(f"http://127.0.0.1:{ports[0]}/predictions/reviews-fp32", json={"inputs": "a"}, timeout=30)
-    assert answer.status_code == 200
-    second = serve(folder, store, config, *models)
-    assert second.returncode == 1
-    assert "is running already" in second.stderr
-    assert "stop it with scripts/stop" in second.stderr
-    assert "stopped process" in succeeded(stop(folder))
-    assert "no server of this folder is running" in succeeded(stop(folder))
-    for port in ports:
-        socket.create_server(("127.0.0.1", port)).close()
+@pytest.mark.parametrize("member", ["openvino_model.bin", "handler/tasks/text_classification.py"])
+def test_a_member_that_is_not_what_the_digests_say(place: Place, member: str) -> None:
+    rewrite(place, {member: lambda content: content + b"\n"}, digests=False)
+    message = place.refuses()
+    assert message.startswith(f"model '{NAME}' did not load: ValueError: {member} does not have the digest in digests")
 
 
-def test_foreground_ends_cleanly_on_sigterm(folder: Path, store: Path) -> None:
-    config, _ = write_config(folder)
-    command = [sys.executable, "-m", "server", "serve", "--store", str(store), "--config", str(config)]
-    with subprocess.Popen(
-        [*command, "--foreground", "--models", "reviews-fp32"],
-        cwd=folder,
-        env=OFFLINE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert "ready in" in process.stdout.readline()
-        server = psutil.Process(json.loads((folder / "run" / "server.json").read_text())["pid"])
-        family = [server, *server.children(recursive=True)]
-        assert len(family) >= 2
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
-    assert not (folder / "run" / "server.json").exists()
-    assert not (folder / "key_file.json").exists()
+def test_a_server_that_is_not_ready_in_time(place: Place) -> None:
+    assert f"'{NAME}' was not ready within 0.1 s" in place.refuses("--timeout", "0.1")
 
 
-def test_foreground_notices_that_the_server_died(folder: Path, store: Path) -> None:
-    config, _ = write_config(folder)
-    command = [sys.executable, "-m", "server", "serve", "--store", str(store), "--config", str(config)]
-    with subprocess.Popen(
-        [*command, "--foreground", "--models", "reviews-fp32"],
-        cwd=folder,
-        env=OFFLINE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert "ready in" in process.stdout.readline()
-        os.kill(json.loads((folder / "run" / "server.json").read_text())["pid"], signal.SIGKILL)
-        assert process.wait(timeout=60) == 1
-        assert "ended by itself" in process.stdout.read()
+# --- Running and stopping --------------------------------------------------------------------------------------------
 
 
-def test_the_scripts_themselves(tmp_path: Path) -> None:
-    for script in ("serve", "stop", "demo", "setup", "test", "check", "lock"):
-        succeeded(run("sh", "-n", ROOT / "scripts" / script))
-    help_text = succeeded(run(ROOT / "scripts" / "serve", "--help"))
-    assert "--models" in help_text
-    assert run(ROOT / "scripts" / "demo", "--nonsense").returncode == 2
-    assert run(ROOT / "build_mar.sh", "--bundle", tmp_path / "nothing").returncode == 1
+def ask(place: Place, **headers: str) -> requests.Response:
+    url = f"http://127.0.0.1:{place.ports[0]}/predictions/{NAME}"
+    return requests.post(url, json={"inputs": "A fine pair of boots."}, headers=headers, timeout=30)
+
+
+def test_without_tokens_a_second_start_and_stopping(place: Place) -> None:
+    done = serve(place.folder, place.store, place.config, "--no-auth")
+    assert done.returncode == 0, done.stderr
+    assert re.match(rf"ready in [\d.]+ s: {NAME}\n", done.stdout)
+    assert "tokens: none needed" in done.stdout
+    assert ask(place).status_code == 200
+    state = json.loads((place.folder / "run" / "server.json").read_text())
+
+    again = serve(place.folder, place.store, place.config)
+    assert again.returncode == 1
+    assert f"is running already (process {state['pid']}, models {NAME}); stop it with scripts/stop" in again.stderr
+    assert again.stderr.count("\n") == 1
+
+    elsewhere = place.folder / "elsewhere"
+    elsewhere.mkdir()
+    other = serve(elsewhere, place.store, place.config)
+    assert other.returncode == 1
+    assert f"port {place.ports[0]} on 127.0.0.1 is not free" in other.stderr
+    assert ask(place).status_code == 200, "it was left alone"
+
+    assert stop(place.folder).stdout == f"stopped process {state['pid']}\n"
+    place.assert_nothing_is_left()
+    done = stop(place.folder)
+    assert (done.returncode, done.stdout) == (0, "no server of this folder is running\n")
+
+
+def test_foreground_ends_cleanly_when_told_to(place: Place) -> None:
+    process = place.start("--foreground")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("ready in ")
+    token = json.loads((place.folder / "key_file.json").read_text())["inference"]["key"]
+    assert ask(place).status_code == 400  # TorchServe's answer to a request without a token
+    assert ask(place, Authorization=f"Bearer {token}").status_code == 200
+    commands = [" ".join(entry.cmdline()) for entry in place.processes()]
+    assert len([command for command in commands if "model_service_worker" in command]) == 1
+    assert len([command for command in commands if "model-server.jar" in command]) == 1
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+    place.assert_nothing_is_left()
+
+
+def test_foreground_says_when_the_server_dies(place: Place) -> None:
+    process = place.start("--foreground")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("ready in ")
+    psutil.Process(json.loads((place.folder / "run" / "server.json").read_text())["pid"]).kill()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error == "scripts/serve: TorchServe ended by itself; logs/ has the cause\n"
+    place.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_start_that_is_cut_off_leaves_no_server(place: Place, number: signal.Signals) -> None:
+    process = place.start()
+    deadline = time.monotonic() + 60
+    while not (place.folder / "run" / "server.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert error == ""
+    place.assert_nothing_is_left()
+
+
+def test_stop_ends_nothing_but_its_own_server(place: Place) -> None:
+    """A state file from before a crash, its process id given to another process since: here to this one."""
+    (place.folder / "run").mkdir()
+    state = {
+        "pid": os.getpid(),
+        "created": psutil.Process().create_time() - 3600,
+        "scratch": "",
+        "models": {},
+        "addresses": dict.fromkeys(["inference", "management", "metrics", "grpc", "grpc_management"], ""),
+    }
+    for content in (json.dumps(state), "{}", "[]", "not JSON"):
+        (place.folder / "run" / "server.json").write_text(content)
+        done = stop(place.folder)
+        assert (done.returncode, done.stdout) == (0, "no server of this folder is running\n")
+
+
+def test_the_scripts_serve_from_the_checkout(place: Place, tmp_path: Path) -> None:
+    """From any folder, scripts/serve and scripts/stop are the programs tested above."""
+    script = (ROOT / "scripts" / "serve", "--store", tmp_path / "nothing")
+    done = conftest.run(*script, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"scripts/serve: there is no archive in {tmp_path / 'nothing'}/")
+    usage = conftest.run(ROOT / "scripts" / "serve", "--help", cwd=tmp_path)
+    assert usage.returncode == 0
+    assert all(option in usage.stdout for option in ("--models", "--config", "--no-auth", "--foreground"))
