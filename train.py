@@ -24,7 +24,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import torch
 import transformers
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
 from handler.engine import Engine
 from training import base_model, bundle, data, evaluation, report, tasks
@@ -35,10 +34,11 @@ from training.options import Options, TrainerOptions
 def main() -> None:
     options, arguments = parse(sys.argv[1:])
     place = Path(str(arguments.output_dir))
-    checkpoints = place.with_name(f"{place.name}.checkpoints")
-    arguments.output_dir = str(checkpoints)
     task = tasks.load(options.task)
     bundle.check_place(place, overwrite=options.overwrite)
+    checkpoints = place.with_name(f"{place.name}.checkpoints")
+    arguments.output_dir = str(checkpoints)
+    resumed = checkpoint_to_resume(arguments, checkpoints)
     base = base_model.resolve(options.base_model)
     speak = partial(print, flush=True) if arguments.process_index == 0 else _silent
 
@@ -54,13 +54,14 @@ def main() -> None:
     model, tokenizer = task.load_base(base, splits.labels)
     length = task.max_length(options, model, tokenizer)
     trainer = task.build_trainer(model, tokenizer, splits, options, arguments, length)
+    extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
     speak(
-        f"fine-tuning {base.name} for {arguments.num_train_epochs:g} epochs: "
+        f"fine-tuning {base.name} for {extent}: "
         f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
         f"at most {length} tokens, {'bf16' if arguments.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
     )
     started = time.monotonic()
-    trained = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments, checkpoints))
+    trained = trainer.train(resume_from_checkpoint=resumed)
     seconds = time.monotonic() - started
 
     if trainer.is_world_process_zero():
@@ -119,10 +120,15 @@ def main() -> None:
 def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
     """Options and Trainer arguments from a command line."""
     # Its annotation asks for dataclass instances; it takes dataclass types.
-    parser = HfArgumentParser(cast(Any, (Options, TrainerOptions)), prog="train.py", description=__doc__)
-    options, arguments = parser.parse_args_into_dataclasses(argv)
-    if arguments.output_dir is None:
-        raise UserError("--output-dir is missing: name the folder to write the bundle to, e.g. artifacts/reviews")
+    parser = HfArgumentParser(
+        cast(Any, (Options, TrainerOptions)),
+        prog="train.py",
+        usage="train.py --train-file FILE --output-dir FOLDER [options]; train.py --help lists them",
+        description=__doc__,
+    )
+    options, arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown arguments: {' '.join(unknown)}; train.py --help lists those there are")
     if not 0 < options.validation_share < 1:
         raise UserError(f"--validation-share {options.validation_share}: give a share between 0 and 1, e.g. 0.1")
     if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
@@ -137,12 +143,13 @@ def checkpoint_to_resume(arguments: TrainerOptions, checkpoints: Path) -> str | 
         return None
     found = wanted
     if wanted.lower() == "true":
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        if last is None:
+        # The Trainer writes this file last: a checkpoint without it was cut off.
+        whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+        if not whole:
             raise UserError(f"--resume-from-checkpoint: there is no checkpoint in {checkpoints}; start without it")
-        found = last
-    elif not Path(wanted).is_dir():
-        raise UserError(f"--resume-from-checkpoint {wanted}: there is no such folder")
+        found = str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2])))
+    elif not Path(wanted, "trainer_state.json").is_file():
+        raise UserError(f"--resume-from-checkpoint {wanted}: this is no folder of a checkpoint")
     return found
 
 

@@ -293,7 +293,7 @@ def test_foreground_ends_cleanly_when_told_to(place: Place) -> None:
     assert ask(place, Authorization=f"Bearer {token}").status_code == 200
     commands = [" ".join(entry.cmdline()) for entry in place.processes()]
     assert len([command for command in commands if "model_service_worker" in command]) == 1
-    assert len([command for command in commands if "model-server.jar" in command]) == 1
+    assert len([command for command in commands if "org.pytorch.serve.ModelServer" in command]) == 1
     process.terminate()
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")

@@ -117,11 +117,11 @@ def refused(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def test_the_exit_code_and_the_message_of_a_process(tmp_path: Path) -> None:
-    place = tmp_path / "bundle"
-    done = run(*TRAIN, "--train-file", "nothing.csv", "--output-dir", place, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr == "train.py: nothing.csv: no such file\n"
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")  # of which `datasets` would log an error of its own
+    done = run(*TRAIN, "--train-file", "broken.parquet", "--output-dir", tmp_path / "bundle", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"train\.py: broken\.parquet: cannot be read: [^\n]+\n", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.parquet"]
 
 
 def test_bad_data(refused: Refused, tmp_path: Path) -> None:
@@ -141,6 +141,7 @@ def test_bad_data(refused: Refused, tmp_path: Path) -> None:
         assert str(path) in message
     path.write_bytes("text,label\ncaf\xe9,a\n".encode("latin1"))
     assert "iconv" in refused(data=path)
+    assert "nothing.csv: no such file" in refused(data="nothing.csv")
     assert "nothing.csv: no such file" in refused("--validation-file", "nothing.csv")
     assert "nothing.csv: no such file" in refused("--test-file", "nothing.csv")
 
@@ -300,7 +301,8 @@ def test_metrics_are_those_of_the_transformers_pipeline(bundle: Path) -> None:
         [row["label"] for row in rows], [entry["label"] for entry in found], ["negative", "neutral", "positive"]
     )
     assert load(bundle / "metrics.json")["splits"] == {"validation": expected}
-    assert expected["accuracy"] > 0.5, "forty steps teach it something"
+    most = max(scores["rows"] for scores in expected["per_label"].values())
+    assert expected["accuracy"] > 1.1 * most / len(rows), "forty steps teach it more than the commonest label"
     kept = {(row["text"], row["label"]) for row in rows_of(bundle / "validation.jsonl")}
     assert kept == {(row["text"], row["label"]) for row in rows}
 
