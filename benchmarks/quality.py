@@ -5,7 +5,7 @@
 
 Reviews → SST-2: a model trained on examples/reviews is scored on SST-2's dev set (../shared/data/sst2), which is about
 films only and was written by others. SST-2 has no neutral class, so the probability of `neutral` is left out and the
-more probable of the other two is the prediction. Nothing is tuned on SST-2.
+more probable of the other two is the prediction.
 """
 
 import argparse
