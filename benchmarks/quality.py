@@ -49,7 +49,7 @@ def main() -> None:
     accuracy = statistics.mean(entry["sst2_dev_accuracy"] for entry in rounds)
     print(f"SST-2 dev accuracy, mean of {len(rounds)} seed(s): {accuracy:.4f} (target {TARGET})")
     if not arguments.quick:
-        RESULTS.write_text(json.dumps(report(rounds, accuracy), indent=2) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps(report(rounds), indent=2) + "\n", encoding="utf-8")
         print(f"written to {RESULTS.relative_to(ROOT)}")
 
 
@@ -95,8 +95,16 @@ def without_neutral(bundle: Path, sst2: Path) -> float:
     return float((pd.Series(found) == rows["label"]).mean())
 
 
-def report(rounds: list[dict[str, Any]], accuracy: float) -> dict[str, Any]:
-    """The contents of quality-results.json."""
+def report(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The contents of quality-results.json. The first round has train.py's default seed."""
+    what = "accuracy on SST-2 dev of a model trained on examples/reviews, neutral left out"
+    values = {
+        "reviews-to-sst2": (f"{what}; train.py's default seed", rounds[0]["sst2_dev_accuracy"]),
+        "reviews-to-sst2-mean": (
+            f"{what}; mean of the seeds",
+            statistics.mean(entry["sst2_dev_accuracy"] for entry in rounds),
+        ),
+    }
     packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate")
     return {
         "command": "benchmarks/quality",
@@ -104,13 +112,8 @@ def report(rounds: list[dict[str, Any]], accuracy: float) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "rounds": rounds,
         "targets": [
-            {
-                "id": "reviews-to-sst2",
-                "what": "accuracy on SST-2 dev of a model trained on examples/reviews, neutral left out; mean of seeds",
-                "value": round(accuracy, 4),
-                "target": TARGET,
-                "met": accuracy >= TARGET,
-            }
+            {"id": name, "what": text, "value": round(value, 4), "target": TARGET, "met": value >= TARGET}
+            for name, (text, value) in values.items()
         ],
     }
 
