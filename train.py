@@ -29,6 +29,7 @@ from handler.engine import Engine
 from training import base_model, bundle, data, evaluation, report, tasks
 from training.errors import UserError
 from training.options import Options, TrainerOptions
+from training.progress import interrupted_between_steps
 
 
 def main() -> None:
@@ -55,13 +56,14 @@ def main() -> None:
     length = task.max_length(options, model, tokenizer)
     trainer = task.build_trainer(model, tokenizer, splits, options, arguments, length)
     extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
-    speak(
-        f"fine-tuning {base.name} for {extent}: "
-        f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
-        f"at most {length} tokens, {'bf16' if arguments.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
-    )
-    started = time.monotonic()
-    trained = trainer.train(resume_from_checkpoint=resumed)
+    with interrupted_between_steps():
+        speak(
+            f"fine-tuning {base.name} for {extent}: "
+            f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
+            f"at most {length} tokens, {'bf16' if arguments.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
+        )
+        started = time.monotonic()
+        trained = trainer.train(resume_from_checkpoint=resumed)
     seconds = time.monotonic() - started
 
     if trainer.is_world_process_zero():
