@@ -68,7 +68,10 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _fits(value: Any, hint: Any) -> bool:
     for option in _options(hint):
-        if not isinstance(option, type):
+        if get_origin(option) is list:
+            if isinstance(value, list) and all(_fits(entry, *get_args(option)) for entry in value):
+                return True
+        elif not isinstance(option, type):
             if type(value) is type(option) and value == option:
                 return True
         elif option is float:
@@ -81,8 +84,15 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _described(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-    return " or ".join(names[o] if isinstance(o, type) else repr(o) for o in _options(hint))
+    names = {
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+        list[str]: "a list of strings",
+    }
+    return " or ".join(names.get(option) or repr(option) for option in _options(hint))
 
 
 def shown(value: Any) -> str:
