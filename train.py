@@ -26,16 +26,18 @@ import transformers
 from transformers import HfArgumentParser
 
 from handler.engine import Engine
-from training import base_model, bundle, data, evaluation, report, tasks
+from training import base_model, bundle, evaluation, report, tasks
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.progress import interrupted_between_steps
+from training.tasks import Splits
 
 
 def main() -> None:
     options, arguments = parse(sys.argv[1:])
-    place = Path(str(arguments.output_dir))
     task = tasks.load(options.task)
+    arguments.choose_by(task.metrics)
+    place = Path(str(arguments.output_dir))
     bundle.check_place(place, overwrite=options.overwrite)
     checkpoints = place.with_name(f"{place.name}.checkpoints")
     arguments.output_dir = str(checkpoints)
@@ -44,66 +46,67 @@ def main() -> None:
     speak = partial(print, flush=True) if arguments.process_index == 0 else _silent
 
     transformers.set_seed(arguments.seed)
-    splits = task.read_splits(options, arguments.seed)
-    counts = {
-        name: data.balance(rows)
-        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
-        if rows is not None
-    }
-    describe(speak, counts, splits.skipped)
+    splits = task.read(options, arguments.seed, base)
+    counts = {name: task.counts(rows, splits.labels) for name, rows in splits.named().items()}
+    describe(speak, splits, counts)
 
-    model, tokenizer = task.load_base(base, splits.labels)
-    length = task.max_length(options, model, tokenizer)
-    trainer = task.build_trainer(model, tokenizer, splits, options, arguments, length)
-    extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
-    with interrupted_between_steps():
-        speak(
-            f"fine-tuning {base.name} for {extent}: "
-            f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
-            f"at most {length} tokens, {'bf16' if arguments.bf16 else 'fp32'}, {torch.get_num_threads()} threads"
-        )
-        started = time.monotonic()
-        trained = trainer.train(resume_from_checkpoint=resumed)
-    seconds = time.monotonic() - started
+    model, processor = task.load(base, splits, options)
+    settings = task.settings(model, processor, options)
+    history: dict[str, Any] = {}
+    if splits.train is None:
+        speak(f"no --train-file: {base.name} is bundled as it is")
+    else:
+        trainer = task.trainer(model, processor, splits, options, arguments, settings)
+        extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
+        with interrupted_between_steps():
+            speak(
+                f"fine-tuning {base.name} for {extent}: "
+                f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
+                f"{'bf16' if arguments.bf16 else 'fp32'}, {torch.get_num_threads()} threads, "
+                + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "options")
+            )
+            started = time.monotonic()
+            trained = trainer.train(resume_from_checkpoint=resumed)
+        model = trainer.model
+        settings |= task.learned(trainer, splits, options, settings)
+        history = {
+            "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+            "training_seconds": round(time.monotonic() - started, 1),
+            "training_samples_per_second": trained.metrics["train_samples_per_second"],
+        }
 
-    if trainer.is_world_process_zero():
+    if arguments.process_index == 0:
         with bundle.staged(place, overwrite=options.overwrite) as stage:
-            bundle.write_model(stage, trainer.model, tokenizer)
-            bundle.write_model_config(stage, options.task, length, options.overflow)
-            bundle.write_validation(stage, splits.validation)
+            bundle.write_model(stage, model, processor)
+            bundle.write_model_config(stage, options.task, settings)
+            examples = {
+                name: task.examples(rows, splits.labels) for name, rows in splits.named().items() if name != "train"
+            }
+            known = examples.get("validation", [])
+            bundle.write_lines(stage, "validation.jsonl", known)
             # From here on the engine speaks: what is measured and recorded is what will be served.
             engine = Engine(stage)
-            golden = bundle.write_golden(stage, engine, splits.validation, arguments.seed)
-            metrics: dict[str, Any] = {
+            golden = bundle.write_golden(stage, engine, task.golden(known, engine.settings.max_length, arguments.seed))
+            metrics = {
                 "task": options.task,
+                "primary": task.primary,
                 "labels": splits.labels,
-                "max_length": length,
-                "overflow": options.overflow,
+                "settings": settings,
+                "rows": {name: len(rows) for name, rows in splits.named().items()},
                 "rows_per_label": counts,
                 "rows_skipped": splits.skipped,
                 "splits": {
-                    name: evaluation.classification_metrics(
-                        [splits.labels[label] for label in rows["label"]],
-                        evaluation.predicted_labels(engine, rows["text"]),
-                        splits.labels,
-                    )
-                    for name, rows in (("validation", splits.validation), ("test", splits.test))
-                    if rows is not None
+                    name: task.score(evaluation.predict(engine, rows), [row["target"] for row in rows], splits.labels)
+                    for name, rows in examples.items()
                 },
-                "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
-                "training_seconds": round(seconds, 1),
-                "training_samples_per_second": trained.metrics["train_samples_per_second"],
+                **history,
             }
             bundle.write_json(stage, "metrics.json", metrics)
             given = json.loads(arguments.to_json_string())  # type: ignore[no-untyped-call]
             sources = bundle.provenance(
                 stage,
                 base=base,
-                files={
-                    "train": options.train_file,
-                    "validation": options.validation_file,
-                    "test": options.test_file,
-                },
+                files=options.files(),
                 arguments={**vars(options), **given},
                 command=sys.argv,
             )
@@ -111,11 +114,11 @@ def main() -> None:
             report.write(stage, place.name, metrics, sources, golden)
         shutil.rmtree(checkpoints, ignore_errors=True)
         for name, scores in metrics["splits"].items():
-            print(
-                f"{name}: accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f} ({scores['rows']} rows)"
-            )
+            print(f"{name}: {', '.join(report.figures(scores))} ({scores['rows']} rows)")
             print_confusion(scores)
-        print(f"trained in {seconds:.0f} s; bundle: {place} (report.html says more)")
+        if history:
+            print(f"trained in {history['training_seconds']:.0f} s")
+        print(f"bundle: {place} (report.html says more)")
         print(f"next: ./build_mar.sh --bundle {place}")
 
 
@@ -155,18 +158,19 @@ def checkpoint_to_resume(arguments: TrainerOptions, checkpoints: Path) -> str | 
     return found
 
 
-def describe(speak: Any, counts: dict[str, dict[str, int]], skipped: int) -> None:
+def describe(speak: Any, splits: Splits, counts: dict[str, dict[str, int]]) -> None:
     """Says how many rows each label has in each split, and whether the classes are out of balance."""
-    for name, split in counts.items():
-        shown = ", ".join(f"{label} {count}" for label, count in list(split.items())[:12])
-        more = f", … ({len(split)} labels)" if len(split) > 12 else ""
-        speak(f"{name}: {sum(split.values())} rows ({shown}{more})")
-    if skipped:
-        speak(f"left out {skipped} rows without a text or a label")
-    most, least = max(counts["train"].items(), key=lambda e: e[1]), min(counts["train"].items(), key=lambda e: e[1])
-    if most[1] >= 3 * max(1, least[1]):
+    for name, rows in splits.named().items():
+        shown = ", ".join(f"{label} {count}" for label, count in list(counts[name].items())[:12])
+        more = f", … ({len(counts[name])} labels)" if len(counts[name]) > 12 else ""
+        speak(f"{name}: {len(rows)} rows" + (f" ({shown}{more})" if shown else ""))
+    if splits.skipped:
+        speak(f"left out {splits.skipped} rows without an input or a target")
+    trained = sorted(counts.get("train", {}).items(), key=lambda entry: entry[1])
+    if trained and trained[-1][1] >= 3 * max(1, trained[0][1]):
+        (rare, least), (frequent, most) = trained[0], trained[-1]
         speak(
-            f"the classes are out of balance: {most[0]!r} has {most[1]} training rows and {least[0]!r} {least[1]}; "
+            f"the classes are out of balance: {frequent!r} has {most} in training and {rare!r} {least}; "
             "judge the model by macro-F1 and the per-label table rather than by accuracy"
         )
 
@@ -177,8 +181,8 @@ def _silent(*_: object) -> None:
 
 def print_confusion(scores: dict[str, Any]) -> None:
     """The confusion matrix, if it fits a terminal."""
-    labels = scores["labels"]
-    if len(labels) > 8:
+    labels = scores.get("labels", [])
+    if "confusion_matrix" not in scores or len(labels) > 8:
         return
     width = max(6, *(len(label) for label in labels)) + 2
     print("true \\ predicted".ljust(18) + "".join(label.rjust(width) for label in labels))

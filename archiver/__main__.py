@@ -37,10 +37,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--store {arguments.store}: no folder to write to ({error.strerror})") from None
     target = arguments.store / f"{name}.mar"
 
-    backend = "openvino" if arguments.backend == "auto" else arguments.backend
     with tempfile.TemporaryDirectory(prefix="marble-build-") as folder:
         work = Path(folder)
-        model_dir, precision = build(bundle, backend, arguments, work)
+        model_dir, backend, precision = choose(bundle, arguments, work)
         built = work / target.name
         (work / "pack").mkdir()
         pack.pack(
@@ -58,32 +57,51 @@ def main(argv: list[str]) -> None:
     print(f"next: scripts/serve --models {name}={target.name}")
 
 
-def build(bundle: source.Bundle, backend: str, arguments: argparse.Namespace, work: Path) -> tuple[Path, str]:
-    """The model folder that passes the gate, and its precision.
+def choose(bundle: source.Bundle, arguments: argparse.Namespace, work: Path) -> tuple[Path, str, str]:
+    """The model folder that passes the gate, its backend and its precision.
 
-    `auto` tries bf16 where the CPU has it and falls back to fp32. Raises UserError if the choice does not pass.
+    `auto` is OpenVINO where the task can run on it, in bf16 where the CPU has it, and falls back to torch and to fp32.
+    Raises UserError if no choice passes.
     """
+    if arguments.backend == "openvino" and not bundle.runs_on_openvino:
+        raise UserError(f"--backend openvino: {bundle.settings.task} runs on torch only; leave --backend out")
+    backend = arguments.backend
+    if backend == "auto":
+        backend = "openvino" if bundle.runs_on_openvino else "torch"
     auto = arguments.precision == "auto"
-    tried = (["bf16", "fp32"] if convert.cpu_has_bf16() else ["fp32"]) if auto else [arguments.precision]
-    for precision in tried:
+    precisions = [arguments.precision]
+    if auto:
+        precisions = ["bf16", "fp32"] if bundle.runs_on_openvino and convert.cpu_has_bf16() else ["fp32"]
+    try:
+        found = build(bundle, backend, precisions, arguments, work)
+    except UserError as error:
+        if arguments.backend != "auto" or backend == "torch":
+            raise
+        print(f"{error}; trying torch", file=sys.stderr)
+        backend = "torch"
+        found = build(bundle, backend, ["fp32"] if auto else precisions, arguments, work)
+    return found[0], backend, found[1]
+
+
+def build(
+    bundle: source.Bundle, backend: str, precisions: list[str], arguments: argparse.Namespace, work: Path
+) -> tuple[Path, str]:
+    """The model folder of the first precision that passes the gate. Raises UserError if none does."""
+    for precision in precisions:
         model_dir = work / f"{backend}-{precision}"
         model_dir.mkdir()
         print(f"{backend} {precision}: converting and checking …", flush=True)
         convert.write(bundle, backend, precision, model_dir)
         write_config(bundle, model_dir, backend, precision)
         verdict = gate.check(bundle, model_dir, arguments.max_drop)
-        print(
-            f"{backend} {precision}: validation accuracy {verdict.accuracy:.4f} (torch fp32 {verdict.reference:.4f}), "
-            + (f"largest golden drift {verdict.drift:.2g}" if verdict.drift is not None else "golden set not kept"),
-            flush=True,
-        )
-        if verdict.passed or (arguments.force and not auto):
+        print(f"{backend} {precision}: {verdict}", flush=True)
+        if verdict.passed or (arguments.force and arguments.precision != "auto"):
             if not verdict.passed:
                 print(f"warning: built because of --force, though {verdict.reason}", file=sys.stderr)
             return model_dir, precision
         print(f"{backend} {precision} does not pass: {verdict.reason}", file=sys.stderr)
     raise UserError(
-        f"{backend} {' and '.join(tried)} did not pass the quality gate, as said above; "
+        f"{backend} {' and '.join(precisions)} did not pass the quality gate, as said above; "
         "try another --backend or --precision, or --max-drop"
     )
 
@@ -147,7 +165,7 @@ def check_version(version: str) -> None:
 def check_max_drop(points: float) -> None:
     """Raises UserError for points that are none."""
     if not 0 <= points <= 100:
-        raise UserError(f"--max-drop {points:g}: give points of accuracy, 0 to 100, such as 0.5")
+        raise UserError(f"--max-drop {points:g}: give points of the validation metric, 0 to 100, such as 0.5")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -158,12 +176,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, required=True, help="folder that train.py wrote")
     parser.add_argument("--name", help="model name (default: the bundle's folder name)")
     parser.add_argument("--version", default="1.0", help="numbers separated by dots (default: %(default)s)")
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="auto: openvino")
+    parser.add_argument(
+        "--backend", choices=("auto", *BACKENDS), default="auto", help="auto: openvino where the task can run on it"
+    )
     parser.add_argument(
         "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: bf16 where the CPU has it, else fp32"
     )
     parser.add_argument(
-        "--max-drop", type=float, default=0.5, help="points of validation accuracy that may be lost (default: 0.5)"
+        "--max-drop", type=float, default=0.5, help="points of the validation metric that may be lost (default: 0.5)"
     )
     parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder to write to")
     parser.add_argument("--force", action="store_true", help="replace an archive of the same version; ignore the gate")

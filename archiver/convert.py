@@ -1,17 +1,23 @@
 """Puts the model into the form its backend runs: the bundle's own weights, or OpenVINO IR."""
 
+import inspect
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import openvino
 
 from archiver.source import Bundle
-from handler import tasks
+from handler import golden
+from handler.engine import read_config
+from handler.errors import RequestError
+from handler.parameters import parse
+from handler.tasks import EncoderTask
 from training.errors import UserError
 
-# What every archive takes over from its bundle, besides the weights.
-_KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "golden.jsonl", "README.md")
+_EXAMPLE_ROWS = 2
 
 
 def cpu_has_bf16() -> bool:
@@ -21,40 +27,55 @@ def cpu_has_bf16() -> bool:
 
 def write(bundle: Bundle, backend: str, precision: str, stage: Path) -> None:
     """Writes the model files of an archive into `stage`. Raises UserError if the model cannot be converted."""
-    for name in _KEPT:
-        if (bundle.path / name).is_file():
-            shutil.copyfile(bundle.path / name, stage / name)
-    if backend == "torch":
-        shutil.copyfile(bundle.path / "model.safetensors", stage / "model.safetensors")
-    else:
+    files = bundle.model_files() | (bundle.weights() if backend == "torch" else {})
+    for name, path in files.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, stage / name)
+    if backend == "openvino":
         _export(bundle, precision, stage)
 
 
 def _export(bundle: Bundle, precision: str, stage: Path) -> None:
-    """OpenVINO IR with dynamic batch and length; weights in half precision where the model computes in bf16 anyway."""
+    """OpenVINO IR; weights in half precision where the model computes in bf16 anyway."""
     import torch
     import transformers
 
     from handler.backends.openvino import MODEL_FILE
 
+    task = bundle.task(bundle.path, bundle.settings, read_config(bundle.path))
+    assert isinstance(task, EncoderTask)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    auto_model = getattr(transformers, tasks.load(bundle.settings.task).auto_model)
-    # Different batch and length, so that tracing does not take one for the other; a row with padding keeps the mask.
-    texts = ["one text", "another, longer text"]
     try:
-        model = auto_model.from_pretrained(
-            bundle.path, use_safetensors=True, local_files_only=True, attn_implementation="sdpa"
-        ).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(bundle.path, local_files_only=True)
-        example = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
+        model = (
+            getattr(transformers, task.auto_model)
+            .from_pretrained(bundle.path, use_safetensors=True, local_files_only=True, attn_implementation="sdpa")
+            .eval()
+        )
+        names = inspect.signature(model.forward).parameters
+        arrays = {name: array for name, array in example(bundle, task).items() if name in names}
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warns of every shape it fixes; the gate checks what comes out
-            converted = openvino.convert_model(model, example_input=dict(example))
+            converted = openvino.convert_model(
+                model, example_input={name: torch.from_numpy(array) for name, array in arrays.items()}
+            )
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"OpenVINO cannot convert this model ({reason}); build it with --backend torch") from error
     for port in converted.inputs:
-        port.get_node().set_partial_shape(openvino.PartialShape([-1, -1]))
+        port.get_node().set_partial_shape(openvino.PartialShape(list(task.inputs.shapes[port.get_any_name()])))
     converted.validate_nodes_and_infer_types()
     openvino.save_model(converted, stage / MODEL_FILE, compress_to_fp16=precision != "fp32")
+
+
+def example(bundle: Bundle, task: EncoderTask) -> Mapping[str, Any]:
+    """A batch to trace the model with: golden inputs of different lengths, so that padding and its mask are in it."""
+    rows: dict[int, Any] = {}
+    for entry in golden.read(bundle.path / golden.FILE_NAME):
+        samples = task.read(entry["inputs"], parse(task.Parameters, entry.get("parameters", {})))
+        for encoded in task.inputs.encode(samples):
+            if not isinstance(encoded, RequestError):
+                rows.setdefault(len(encoded.rows[0]), encoded.rows[0])
+    # Short ones: long ones only make the tracing slow. Two rows, so that the batch is not taken for a constant 1.
+    chosen = [rows[length] for length in sorted(rows) if length > 2][:_EXAMPLE_ROWS]
+    return task.inputs.collate(chosen if len(chosen) > 1 else chosen * _EXAMPLE_ROWS)

@@ -11,57 +11,93 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from handler import golden, tasks
+from handler.engine import read_config
 from handler.settings import Settings
+from handler.tasks import EncoderTask, Task
 from training.errors import UserError
 
 _REQUIRED = {
-    "config.json": "the model's configuration",
-    "model.safetensors": "the weights",
-    "tokenizer.json": "the tokenizer",
     "model-config.yaml": "the settings for serving",
     golden.FILE_NAME: "the golden set",
     "validation.jsonl": "the validation set",
     "metrics.json": "the metrics",
 }
+# What a bundle holds for people and for the gate, and an archive does not need.
+_LEFT_OUT = {"model-config.yaml", "validation.jsonl", "metrics.json", "provenance.json", "report.html"}
+# A model's files besides its weights: configurations, vocabularies, tokenizer models and the model card.
+_KEPT_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".model", ".spm", ".jinja"}
+_WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A checked bundle. validation: rows with `text` and `label`; accuracy: that of torch fp32 on them."""
+    """A checked bundle.
+
+    validation: examples with `inputs`, `target` and perhaps `parameters`; reference: the task's metric of torch fp32 on
+    them, None if there are none.
+    """
 
     path: Path
     settings: Settings
+    task: type[Task]
     labels: list[str]
-    validation: list[dict[str, str]]
-    accuracy: float
+    validation: list[dict[str, Any]]
+    reference: float | None
+
+    @property
+    def runs_on_openvino(self) -> bool:
+        """Whether the task is one forward pass for each input, which is what OpenVINO is used for."""
+        return issubclass(self.task, EncoderTask)
+
+    def model_files(self) -> dict[str, Path]:
+        """What every archive takes over, besides weights, by name relative to the bundle."""
+        return {name: path for name, path in self._files().items() if path.suffix in _KEPT_SUFFIXES}
+
+    def weights(self) -> dict[str, Path]:
+        """The weights, by name relative to the bundle."""
+        return {name: path for name, path in self._files().items() if path.suffix == _WEIGHTS}
+
+    def _files(self) -> dict[str, Path]:
+        files = {path.relative_to(self.path).as_posix(): path for path in self.path.rglob("*") if path.is_file()}
+        return {name: path for name, path in sorted(files.items()) if name not in _LEFT_OUT}
 
 
 def check(path: Path) -> Bundle:
     """Reads a bundle. Raises UserError, naming the file, if one is missing or broken."""
     if not path.is_dir():
         raise UserError(f"--bundle {path}: there is no such folder; train one first: python train.py --help")
-    for name, what in _REQUIRED.items():
+    required = dict(_REQUIRED)
+    if not (path / "model_index.json").exists():  # else a pipeline of several models, each in a folder of its own
+        required |= {"config.json": "the model's configuration", "model.safetensors": "the weights"}
+    for name, what in required.items():
         if not (path / name).is_file():
             raise UserError(f"--bundle {path}: {name} is missing ({what}); train the model again with train.py")
-    with _reading(path / "model.safetensors") as weights, safe_open(weights, framework="numpy") as tensors:
-        tensors.keys()
-    with _reading(path / "tokenizer.json") as tokenizer:
-        Tokenizer.from_file(str(tokenizer))
+    for file in path.rglob(f"*{_WEIGHTS}"):
+        with _reading(file) as weights, safe_open(weights, framework="numpy") as tensors:
+            tensors.keys()
+    if (path / "tokenizer.json").exists():
+        with _reading(path / "tokenizer.json") as tokenizer:
+            Tokenizer.from_file(str(tokenizer))
     with _reading(path / "model-config.yaml"):
         settings = Settings.load(path)
         task = tasks.load(settings.task)
-    with _reading(path / "config.json") as config:
-        task(json.loads(config.read_text(encoding="utf-8")))
+    with _reading(path / "config.json"):
+        config = read_config(path)
+        if issubclass(task, EncoderTask):
+            task(path, settings, config)
     with _reading(path / golden.FILE_NAME) as examples:
         golden.read(examples)
     with _reading(path / "validation.jsonl") as validation:
-        rows = [{"text": row["text"], "label": row["label"]} for row in _json_lines(validation)]
-        if not rows:
-            raise ValueError("it is empty")
+        rows = _json_lines(validation)
+        if any(not {"inputs", "target"} <= row.keys() for row in rows):
+            raise ValueError("a line has no inputs or no target")
     with _reading(path / "metrics.json") as file:
         metrics = json.loads(file.read_text(encoding="utf-8"))
-        labels, accuracy = list(metrics["labels"]), float(metrics["splits"]["validation"]["accuracy"])
-    return Bundle(path, settings, labels, rows, accuracy)
+        labels, scores = list(metrics["labels"]), metrics["splits"].get("validation")
+        reference = float(scores[metrics["primary"]]) if scores else None
+        if bool(rows) != (reference is not None):
+            raise ValueError("validation.jsonl and the validation metrics do not belong together")
+    return Bundle(path, settings, task, labels, rows, reference)
 
 
 @contextmanager

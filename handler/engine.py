@@ -11,17 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Encoding
-
 from handler import backends, tasks
-from handler.batching import collate, micro_batches
+from handler.batching import micro_batches
 from handler.errors import InvalidInput, Overloaded, RequestError, TooLarge
+from handler.inputs import Encoded
 from handler.messages import Request, Result, Usage
-from handler.parameters import CommonParameters, parse
+from handler.parameters import parse
 from handler.settings import Settings
-from handler.tokenization import EncodedText, TextTokenizer
+from handler.tasks import Answer, EncoderTask, GenerativeTask, Outputs, Part
 
 # A batch may hold as much work as this many requests of the largest size.
 _BATCH_SHARE = 4
@@ -31,12 +28,17 @@ _BATCH_SHARE = 4
 class _Item:
     """One input on its way through the engine; ends with a prediction or an error."""
 
-    parameters: CommonParameters
-    text: str = ""
-    windows: list[Encoding] = field(default_factory=list)
-    tokens: int = 0
+    parameters: Any
+    samples: Sequence[Any] = ()
+    encoded: list[Encoded] = field(default_factory=list)
     truncated: bool = False
+    tokens: int = 0
     outcome: Any = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows go through the model for it."""
+        return sum(len(encoded.rows) for encoded in self.encoded)
 
 
 class Engine:
@@ -48,29 +50,25 @@ class Engine:
 
     def __init__(self, model_dir: Path, **overrides: Any) -> None:
         self.settings = replace(Settings.load(model_dir), **overrides)
-        config = _read_config(model_dir / "config.json")
-        self.task = tasks.load(self.settings.task)(config)
-        self._tokenizer = TextTokenizer(model_dir, self.settings.max_length, self.settings.stride)
-        self._pad_id = int(config.get("pad_token_id") or 0)
-        self._backend = backends.load(model_dir, self.settings, self.task.auto_model)
+        self.task = tasks.load(self.settings.task)(model_dir, self.settings, read_config(model_dir))
+        if isinstance(self.task, EncoderTask):
+            names = self.task.output_names
+            self._backend = backends.load(model_dir, self.settings, self.task.auto_model, names)
+        elif self.settings.backend != "torch":
+            raise ValueError(f"{self.settings.task} runs on the torch backend only, not on {self.settings.backend}")
 
     def predict(self, requests: Sequence[Request]) -> list[Result | RequestError]:
         """Answers each request, in order.
 
-        All texts of all requests are tokenized together and run in length-sorted micro-batches. What is wrong with
+        All samples of all requests are encoded together and run in length-sorted micro-batches. What is wrong with
         one request or one of its inputs becomes its own RequestError and leaves the others alone.
         """
         jobs = [self._open(request) for request in requests]
-        _ration(jobs, lambda item: len(item.text), self.settings.max_characters, "characters")
-        items = _open_items(jobs)
-        encoded = self._tokenizer([item.text for item in items]) if items else []
-        for item, text in zip(items, encoded, strict=True):
-            try:
-                self._admit(item, text)
-            except RequestError as error:
-                item.outcome = error
-        _ration(jobs, lambda item: sum(map(len, item.windows)), self.settings.max_tokens, "tokens to run")
-        self._run(_open_items(jobs))
+        if isinstance(self.task, EncoderTask):
+            self._encode(self.task, jobs)
+            self._run(self.task, _open_items(jobs))
+        elif isinstance(self.task, GenerativeTask):
+            _generate(self.task, _open_items(jobs))
         return [_close(job) if isinstance(job, list) else job for job in jobs]
 
     def _open(self, request: Request) -> list[_Item] | RequestError:
@@ -86,72 +84,103 @@ class Engine:
         for value in request.inputs:
             item = _Item(parameters)
             try:
-                item.text = self.task.read(value)
-                if len(item.text) > self.settings.max_characters:
-                    raise TooLarge(
-                        f"the text has {len(item.text)} characters; at most {self.settings.max_characters} are taken"
-                    )
+                item.samples = self.task.read(value, parameters)
             except RequestError as error:
                 item.outcome = error
             items.append(item)
         return items
 
-    def _admit(self, item: _Item, text: EncodedText) -> None:
-        """Applies the overflow policy. Raises TooLarge where it refuses the text."""
-        item.tokens, item.windows = text.tokens, text.windows
-        if len(text.windows) == 1:
-            return
+    def _encode(self, task: EncoderTask, jobs: list[list[_Item] | RequestError]) -> None:
+        """Encodes the samples of all items in one call and applies the limits and the overflow policy."""
+        limit = self.settings.max_characters
+        for item in _open_items(jobs):
+            if (size := max(map(task.inputs.size, item.samples))) > limit:
+                item.outcome = TooLarge(f"the text has {size} characters; at most {limit} are taken")
+        _ration(jobs, lambda item: sum(map(task.inputs.size, item.samples)), limit, "characters")
+        items = _open_items(jobs)
+        samples = [sample for item in items for sample in item.samples]
+        encoded = iter(task.inputs.encode(samples) if samples else [])
+        for item in items:
+            outcomes = [next(encoded) for _ in item.samples]
+            try:
+                item.encoded = [self._admit(item, outcome) for outcome in outcomes]
+            except RequestError as error:
+                item.outcome = error
+        positions = self.settings.max_tokens
+        _ration(jobs, lambda item: sum(len(r) for e in item.encoded for r in e.rows), positions, "tokens to run")
+
+    def _admit(self, item: _Item, encoded: Encoded | RequestError) -> Encoded:
+        """Applies the overflow policy. Raises RequestError where the sample is broken or the policy refuses it."""
+        if isinstance(encoded, RequestError):
+            raise encoded
+        item.tokens += encoded.tokens
+        if not encoded.overflows:
+            return encoded
         policy = item.parameters.overflow or self.settings.overflow
         if policy == "error":
             raise TooLarge(
-                f"the text has {text.tokens} tokens and the model takes {self.settings.max_length}; "
+                f"the text has {encoded.tokens} tokens and the model takes {self.settings.max_length}; "
                 'shorten it, or send the parameter "overflow": "truncate" or "window"'
             )
         if policy == "truncate":
-            item.windows, item.truncated = text.windows[:1], True
-        elif len(text.windows) > self.settings.max_windows:
+            item.truncated = True
+            return replace(encoded, rows=encoded.rows[:1])
+        if len(encoded.rows) == 1:
             raise TooLarge(
-                f"the text has {text.tokens} tokens in {len(text.windows)} windows and at most "
+                f"the two texts have {encoded.tokens} tokens, the model takes {self.settings.max_length}, and a pair "
+                'cannot be split into windows; shorten them, or send the parameter "overflow": "truncate"'
+            )
+        if len(encoded.rows) > self.settings.max_windows:
+            raise TooLarge(
+                f"the text has {encoded.tokens} tokens in {len(encoded.rows)} windows and at most "
                 f"{self.settings.max_windows} windows are taken; split it into several inputs"
             )
+        return encoded
 
-    def _run(self, items: Sequence[_Item]) -> None:
-        """Puts the windows of all items through the model and writes each item's outcome."""
-        windows = [window for item in items for window in item.windows]
-        rows = self._logits(windows)
-        start = 0
+    def _run(self, task: EncoderTask, items: Sequence[_Item]) -> None:
+        """Puts the rows of all items through the model and writes each item's outcome."""
+        outputs = iter(self._forward(task, [row for item in items for e in item.encoded for row in e.rows]))
         for item in items:
-            end = start + len(item.windows)
-            weights = np.array([len(window) for window in item.windows], dtype=np.float32)
+            parts = [
+                Part(sample, encoded.rows, [next(outputs) for _ in encoded.rows])
+                for sample, encoded in zip(item.samples, item.encoded, strict=True)
+            ]
             try:
-                item.outcome = self.task.postprocess(rows[start:end], weights / weights.sum(), item.parameters)
+                item.outcome = task.postprocess(parts, item.parameters)
             except RequestError as error:
                 item.outcome = error
-            start = end
 
-    def _logits(self, windows: Sequence[Encoding]) -> NDArray[np.float32]:
-        """Logits [windows, labels] in the order of `windows`."""
-        lengths = [len(window) for window in windows]
-        indices: list[int] = []
-        blocks = []
-        for group in micro_batches(lengths, self.settings.token_budget):
-            arrays = collate([windows[index] for index in group], self._pad_id, self.settings.max_length)
-            blocks.append(self._backend(arrays)["logits"])
-            indices += group
-        if not blocks:
-            return np.empty((0, 0), dtype=np.float32)
-        logits = np.concatenate(blocks)
-        ordered = np.empty_like(logits)
-        ordered[indices] = logits
-        return ordered
+    def _forward(self, task: EncoderTask, rows: Sequence[Any]) -> list[Outputs]:
+        """Each row's outputs, in the order of `rows`."""
+        outputs: list[Outputs] = [{}] * len(rows)
+        for group in micro_batches([len(row) for row in rows], self.settings.token_budget):
+            found = self._backend(task.inputs.collate([rows[index] for index in group]))
+            for position, index in enumerate(group):
+                row_outputs = {name: array[position] for name, array in found.items()}
+                outputs[index] = task.keep(rows[index], row_outputs)
+        return outputs
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """The model's `config.json`, {} for a model of several parts, which has none. Raises ValueError if unreadable."""
+    path = model_dir / "config.json"
+    if not path.exists() and (model_dir / "model_index.json").exists():
+        return {}
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); build or copy the model again") from None
     return config
+
+
+def _generate(task: GenerativeTask, items: Sequence[_Item]) -> None:
+    """Has a generative task answer all items."""
+    outcomes = task.generate([(item.samples, item.parameters) for item in items]) if items else []
+    for item, outcome in zip(items, outcomes, strict=True):
+        if isinstance(outcome, Answer):
+            item.tokens, item.truncated = outcome.tokens, outcome.truncated
+            outcome = outcome.prediction
+        item.outcome = outcome
 
 
 def _open_items(jobs: Sequence[list[_Item] | RequestError]) -> list[_Item]:
@@ -187,6 +216,6 @@ def _close(items: Sequence[_Item]) -> Result | RequestError:
     usage = Usage(
         tokens=sum(item.tokens for item in items),
         truncated=any(item.truncated for item in items),
-        windows=sum(len(item.windows) for item in items if not isinstance(item.outcome, RequestError)),
+        windows=sum(item.rows for item in items if not isinstance(item.outcome, RequestError)),
     )
     return Result(outcomes, usage, details=items[0].parameters.details)

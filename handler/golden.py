@@ -4,13 +4,13 @@ A worker that does not reproduce them is not ready: readiness proves inference, 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from handler.engine import Engine
 from handler.errors import RequestError
-from handler.messages import Request, Result
+from handler.messages import Request, Result, jsonable
 
 FILE_NAME = "golden.jsonl"
 
@@ -19,10 +19,13 @@ class GoldenMismatch(Exception):
     """An answer differs from the golden one by more than the tolerance."""
 
 
-def record(engine: Engine, inputs: Sequence[Any]) -> str:
-    """The text of a golden file: one JSON object a line, with `inputs` and the engine's `predictions`."""
+def record(engine: Engine, examples: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a golden file: one JSON object a line, with the example and the engine's `predictions`.
+
+    examples: `inputs` and, where the task needs them, `parameters`.
+    """
     lines = [
-        json.dumps({"inputs": value, "predictions": _predict(engine, value)}, ensure_ascii=False) for value in inputs
+        json.dumps({**example, "predictions": _predict(engine, example)}, ensure_ascii=False) for example in examples
     ]
     return "".join(f"{line}\n" for line in lines)
 
@@ -36,7 +39,7 @@ def replay(engine: Engine, path: Path) -> float:
     examples = read(path)
     tolerance, largest = engine.settings.golden_tolerance, 0.0
     for number, example in enumerate(examples, start=1):
-        drift = engine.task.drift(example["predictions"], _predict(engine, example["inputs"]))
+        drift = engine.task.drift(example["predictions"], _predict(engine, example))
         # Written so that a drift that is not a number fails as well.
         if not drift <= tolerance:
             raise GoldenMismatch(
@@ -63,9 +66,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return examples
 
 
-def _predict(engine: Engine, value: Any) -> Any:
-    [outcome] = engine.predict([Request([value])])
+def _predict(engine: Engine, example: Mapping[str, Any]) -> Any:
+    """The prediction as JSON values."""
+    [outcome] = engine.predict([Request([example["inputs"]], example.get("parameters", {}))])
     if isinstance(outcome, RequestError):
         raise outcome
     assert isinstance(outcome, Result)
-    return outcome.predictions[0]
+    return json.loads(json.dumps(outcome.predictions[0], default=jsonable))

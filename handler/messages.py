@@ -1,5 +1,6 @@
 """What passes between a wire format, the engine and a task: requests and results, free of any transport."""
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,25 @@ class Result:
     predictions: Sequence[Any | RequestError]
     usage: Usage
     details: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A prediction that is a file, e.g. a PNG image. Alone it is answered as it is, within JSON as base64."""
+
+    content: bytes
+    media_type: str
+
+    def base64(self) -> str:
+        """The content as base64."""
+        return base64.b64encode(self.content).decode("ascii")
+
+
+def jsonable(value: Any) -> str:
+    """For `json.dumps(default=…)`: media as base64. Raises TypeError for anything else."""
+    if isinstance(value, Media):
+        return value.base64()
+    raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
 @dataclass(frozen=True, slots=True)

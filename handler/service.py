@@ -12,7 +12,7 @@ from handler import digests, formats, golden
 from handler.engine import Engine
 from handler.errors import InternalError, NotSupported, RequestError, TooLarge
 from handler.formats import Reply
-from handler.messages import Model, Request, Result
+from handler.messages import Media, Model, Request, Result, jsonable
 
 
 class Service:
@@ -60,13 +60,14 @@ class Service:
 
     def _respond(self, context: Any, index: int, outcome: Result | RequestError, reply: Reply, grpc: bool) -> bytes:
         """Encodes one outcome and sets its status and headers."""
+        media_type = "application/json"
         headers = {
             "x-model-name": self._model.name,
             "x-model-version": self._model.version,
             "x-model-digest": self._model.digest,
         }
         try:
-            body, usage = self._answer(outcome, reply)
+            body, media_type, usage = self._answer(outcome, reply)
             headers |= usage
         except RequestError as error:
             context.set_response_status(code=error.code, phrase=None, idx=index)
@@ -74,17 +75,18 @@ class Service:
         if grpc:
             # Without it gRPC StreamPredictions kills the worker of a model that does not stream; unary calls ignore it.
             headers["ts_stream_next"] = "false"
-        context.set_response_content_type(index, "application/json")
+        context.set_response_content_type(index, media_type)
         for name, value in headers.items():
             context.set_response_header(index, name, value)
         return body
 
-    def _answer(self, outcome: Result | RequestError, reply: Reply) -> tuple[bytes, dict[str, str]]:
-        """The body of a good answer and its usage headers. Raises RequestError where there is none."""
+    def _answer(self, outcome: Result | RequestError, reply: Reply) -> tuple[bytes, str, dict[str, str]]:
+        """The body of a good answer, its media type and its usage headers. Raises RequestError where there is none."""
         if isinstance(outcome, RequestError):
             raise outcome
         try:
-            body = _encode(reply.answer(outcome, self._model))
+            value = reply.answer(outcome, self._model)
+            body = value.content if isinstance(value, Media) else _encode(value)
         except RequestError:
             raise
         except Exception as error:
@@ -92,11 +94,15 @@ class Service:
             raise InternalError("the answer could not be written; the server's log has the cause") from None
         if len(body) > self._engine.settings.max_response_bytes:
             raise TooLarge(f"the answer has {len(body)} bytes; send fewer inputs in one request")
-        return body, {
-            "x-usage-tokens": str(outcome.usage.tokens),
-            "x-usage-truncated": str(outcome.usage.truncated).lower(),
-            "x-usage-windows": str(outcome.usage.windows),
-        }
+        return (
+            body,
+            value.media_type if isinstance(value, Media) else "application/json",
+            {
+                "x-usage-tokens": str(outcome.usage.tokens),
+                "x-usage-truncated": str(outcome.usage.truncated).lower(),
+                "x-usage-windows": str(outcome.usage.windows),
+            },
+        )
 
 
 def _open(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request | RequestError, Reply]:
@@ -115,7 +121,7 @@ def _open(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request |
 
 def _encode(value: Any) -> bytes:
     """ASCII JSON: no character a client sent can break the transport. Raises ValueError for NaN and infinities."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), default=jsonable).encode("ascii")
 
 
 def _log_without_text(error: Exception) -> None:

@@ -1,6 +1,7 @@
 """The `handler:` section of `model-config.yaml`: how one archive behaves."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,12 +27,13 @@ class Settings:
     max_response_bytes: a longer answer is refused (413); stays below TorchServe's `max_response_size`.
     threads: intra-op threads; None takes the CPUs this process may use.
     golden_tolerance: how far a golden score may drift before the worker refuses to start.
+    options: what only this task knows, e.g. thresholds; see the task's own file.
     """
 
     task: str
     backend: str = "torch"
     precision: str = "fp32"
-    max_length: int
+    max_length: int = 512
     stride: int = 32
     overflow: Overflow = "truncate"
     max_windows: int = 64
@@ -42,6 +44,7 @@ class Settings:
     max_response_bytes: int = 6_000_000
     threads: int | None = None
     golden_tolerance: float = 1e-3
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, model_dir: Path) -> "Settings":
@@ -70,4 +73,6 @@ class Settings:
             raise ValueError(f"{path}: overflow {settings.overflow!r} is not one of {', '.join(get_args(Overflow))}")
         if settings.stride >= settings.max_length // 2:
             raise ValueError(f"{path}: stride {settings.stride} must be below half of max_length {settings.max_length}")
+        if not isinstance(settings.options, dict):
+            raise ValueError(f"{path}: options must be a mapping")
         return settings

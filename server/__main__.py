@@ -79,18 +79,18 @@ def wait_until_ready(server: Server, archives: Sequence[Archive], logs: Logs, ti
 def answers(server: Server, archive: Archive) -> bool:
     """Whether a worker is READY and has just answered the canary. Raises ServerError if it answers wrongly."""
     tokens = find_tokens()
-    value, expected = archive.canary()
+    canary = archive.canary()
     try:
         with RestClient(
             server.addresses.inference, server.addresses.management, tokens.inference, tokens.management
         ) as client:
             if not client.ready(archive.name):
                 return False
-            found = client.predict(archive.name, [value]).predictions
+            found = client.predict(archive.name, [canary["inputs"]], canary.get("parameters")).predictions
     except MarbleError:
         return False  # not up yet; the caller's deadline bounds this
     assert isinstance(found, list)
-    drift, tolerance = archive.drift(expected, found[0])
+    drift, tolerance = archive.drift(canary["predictions"], found[0])
     if not drift <= tolerance:
         raise ServerError(f"{archive.name!r} answers its canary wrongly: a score drifts by {drift:.4g}")
     return True

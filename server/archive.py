@@ -23,18 +23,17 @@ class Archive:
     name: str
     path: Path
 
-    def canary(self) -> tuple[Any, Any]:
-        """The first golden example: its input and the answer it must get."""
+    def canary(self) -> dict[str, Any]:
+        """The first golden example: `inputs`, perhaps `parameters`, and the `predictions` they must get."""
         with zipfile.ZipFile(self.path) as file:
-            first = json.loads(file.read(golden.FILE_NAME).split(b"\n", 1)[0])
-        return first["inputs"], first["predictions"]
+            first: dict[str, Any] = json.loads(file.read(golden.FILE_NAME).split(b"\n", 1)[0])
+        return first
 
     def drift(self, expected: Any, found: Any) -> tuple[float, float]:
         """How far a canary's answer is from the golden one, and how far it may be."""
         with zipfile.ZipFile(self.path) as file:
             settings = yaml.safe_load(file.read("model-config.yaml"))["handler"]
-            config = json.loads(file.read("config.json"))
-        drift = tasks.load(settings["task"])(config).drift(expected, found)
+        drift = tasks.load(settings["task"]).drift(expected, found)
         return drift, float(settings.get("golden_tolerance", 1e-3))
 
 

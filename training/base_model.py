@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,18 @@ class BaseModel:
     name: str
     sha256: str | None
     licence: str | None
+
+    def labels(self) -> list[str]:
+        """Label names of its own head, in class order. Raises UserError if it has none that mean anything."""
+        try:
+            config = json.loads((Path(self.location) / "config.json").read_text(encoding="utf-8"))
+            names = {int(index): str(name) for index, name in config["id2label"].items()}
+            return [names[index] for index in range(len(names))]
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise UserError(
+                f"--base-model {self.name}: it has no labels of its own (id2label in config.json), so it cannot be "
+                "bundled as it is; give a --train-file"
+            ) from None
 
 
 def resolve(choice: str | None) -> BaseModel:

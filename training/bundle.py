@@ -9,16 +9,14 @@ import importlib.metadata
 import json
 import os
 import platform
-import random
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import yaml
 
 from handler import golden
 from handler.digests import sha256
@@ -30,12 +28,8 @@ from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "scikit-learn")
-_GOLDEN_PER_LABEL = 4
-_CHARACTERS_PER_TOKEN = 20  # more than any language has on average
-# Texts unlike any review: a model must answer them too, and the same way after every conversion.
-_GOLDEN_ODD = ("", "?", "Ünïcödé, 漢字 and 🙂", "word " * 40)
-
-_MODEL_CONFIG = """\
+# TorchServe's keys of model-config.yaml.
+_SERVING = """\
 # TorchServe reads the keys up to `handler:`; that section is the handler's own (see handler/settings.py).
 minWorkers: 1         # without it TorchServe starts one worker for each CPU
 maxWorkers: 1
@@ -43,13 +37,6 @@ batchSize: 64         # requests that one worker answers together
 maxBatchDelay: 2      # milliseconds to wait for them; 1 ends early and 0 means 100
 responseTimeout: 60   # seconds for a batch before the worker counts as dead
 startupTimeout: 120   # seconds for a worker to load and replay its golden set
-handler:
-  task: {task}
-  backend: torch
-  precision: fp32
-  max_length: {max_length}
-  stride: {stride}
-  overflow: {overflow}
 """
 
 
@@ -86,42 +73,39 @@ def check_place(place: Path, *, overwrite: bool) -> None:
         raise UserError(f"--output-dir {place}: there is a bundle already; add --overwrite, or choose another folder")
 
 
-def write_model(stage: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Weights (safetensors, fp32), config and tokenizer, as `from_pretrained` loads them."""
+def write_model(stage: Path, model: Any, processor: Any) -> None:
+    """Weights (safetensors, fp32), config and tokenizer or other processor, as `from_pretrained` loads them."""
     model.float().save_pretrained(stage)
-    tokenizer.save_pretrained(stage)
+    processor.save_pretrained(stage)
 
 
-def write_model_config(stage: Path, task: str, max_length: int, overflow: str) -> None:
-    """`model-config.yaml`: TorchServe's keys and the handler's."""
-    text = _MODEL_CONFIG.format(task=task, max_length=max_length, stride=max_length // 8, overflow=overflow)
+def write_model_config(stage: Path, task: str, settings: Mapping[str, Any]) -> None:
+    """`model-config.yaml`: TorchServe's keys and the handler's. settings: entries of its section, besides these."""
+    section = {"task": task, "backend": "torch", "precision": "fp32", **settings}
+    text = _SERVING + yaml.safe_dump({"handler": section}, sort_keys=False, allow_unicode=True)
     (stage / "model-config.yaml").write_text(text, encoding="utf-8")
 
 
-def write_validation(stage: Path, rows: Dataset) -> None:
-    """`validation.jsonl`: texts and label names, for the quality gate of the archiver."""
-    names = rows.features["label"].names
-    with (stage / "validation.jsonl").open("w", encoding="utf-8") as file:
+def write_lines(stage: Path, name: str, rows: Iterable[Any]) -> None:
+    """A file of JSON lines."""
+    with (stage / name).open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({"text": row["text"], "label": names[row["label"]]}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_golden(stage: Path, engine: Engine, rows: Dataset, seed: int) -> int:
-    """`golden.jsonl`: texts of each label, over-long and odd ones, with the engine's answers. Returns how many."""
-    names = rows.features["label"].names
-    order = random.Random(seed).sample(range(len(rows)), len(rows))
-    labels, all_texts = rows["label"], rows["text"]
-    texts: list[str] = []
-    for label in range(min(len(names), 16)):
-        texts += [all_texts[index] for index in order if labels[index] == label][:_GOLDEN_PER_LABEL]
-    longest = max(all_texts, key=len)
-    enough = engine.settings.max_length * _CHARACTERS_PER_TOKEN
-    too_long = (f"{longest} " * (1 + enough // len(longest)))[:enough]
-    texts += [longest, too_long, *_GOLDEN_ODD]
-    # What the overflow policy or a limit refuses has no answer to record.
-    texts = [text for text in texts if not isinstance(engine.predict([Request([text])])[0], TooLarge)]
-    (stage / golden.FILE_NAME).write_text(golden.record(engine, texts), encoding="utf-8")
-    return len(texts)
+def write_golden(stage: Path, engine: Engine, examples: Sequence[Mapping[str, Any]]) -> int:
+    """`golden.jsonl`: examples with the engine's answers. Returns how many.
+
+    What the overflow policy or a limit refuses has no answer to record, and is left out.
+    """
+    requests = [Request([example["inputs"]], example.get("parameters", {})) for example in examples]
+    answered = [
+        example
+        for example, request in zip(examples, requests, strict=True)
+        if not isinstance(engine.predict([request])[0], TooLarge)
+    ]
+    (stage / golden.FILE_NAME).write_text(golden.record(engine, answered), encoding="utf-8")
+    return len(answered)
 
 
 def write_json(stage: Path, name: str, value: Any) -> None:
@@ -130,15 +114,17 @@ def write_json(stage: Path, name: str, value: Any) -> None:
 
 
 def provenance(
-    stage: Path, *, base: BaseModel, files: dict[str, str | None], arguments: dict[str, Any], command: Sequence[str]
+    stage: Path, *, base: BaseModel, files: Mapping[str, Path], arguments: dict[str, Any], command: Sequence[str]
 ) -> dict[str, Any]:
     """What went into the bundle: digests of data, base weights and code, versions, seed and arguments."""
     return {
         "command": list(command),
         "arguments": arguments,
-        "data": {name: {"file": Path(path).name, "sha256": sha256(Path(path))} for name, path in files.items() if path},
+        "data": {name: {"file": path.name, "sha256": sha256(path)} for name, path in files.items() if path.is_file()},
         "base_model": {"name": base.name, "sha256": base.sha256, "licence": base.licence},
-        "weights_sha256": sha256(stage / "model.safetensors"),
+        "weights_sha256": {
+            path.relative_to(stage).as_posix(): sha256(path) for path in sorted(stage.rglob("*.safetensors"))
+        },
         "code": {"commit": _commit(), "sha256": _code_digest()},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},

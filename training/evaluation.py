@@ -1,34 +1,35 @@
-"""Metrics of a classifier, and predictions made by the very engine that will serve it."""
+"""Predictions made by the very engine that will serve the model, and metrics that several tasks share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
 from handler.engine import Engine
-from handler.errors import RequestError
+from handler.errors import Overloaded, RequestError
 from handler.messages import Request
 
-_TEXTS_PER_BATCH = 256
+_REQUESTS_PER_BATCH = 256
 
 
-def predicted_labels(engine: Engine, texts: Sequence[str]) -> list[str]:
-    """The most probable label of each text, over-long ones truncated.
+def predict(engine: Engine, examples: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The prediction for each example, one request each.
 
-    Raises RequestError if the engine refuses a text.
+    examples: `inputs` and perhaps `parameters`. Raises RequestError if the engine refuses one.
     """
-    labels: list[str] = []
-    limit = engine.settings.max_characters
-    for start in range(0, len(texts), _TEXTS_PER_BATCH):
-        batch = texts[start : start + _TEXTS_PER_BATCH]
-        requests = [Request([text[:limit]], {"top_k": 1, "overflow": "truncate"}) for text in batch]
-        for outcome in engine.predict(requests):
-            if isinstance(outcome, RequestError):
+    predictions: list[Any] = [None] * len(examples)
+    waiting = list(range(len(examples)))
+    while waiting:
+        batch, waiting = waiting[:_REQUESTS_PER_BATCH], waiting[_REQUESTS_PER_BATCH:]
+        requests = [Request([examples[index]["inputs"]], examples[index].get("parameters", {})) for index in batch]
+        for index, outcome in zip(batch, engine.predict(requests), strict=True):
+            if isinstance(outcome, Overloaded):
+                waiting.append(index)
+            elif isinstance(outcome, RequestError):
                 raise outcome
-            [prediction] = outcome.predictions
-            assert not isinstance(prediction, RequestError)
-            labels.append(prediction[0]["label"])
-    return labels
+            else:
+                predictions[index] = outcome.predictions[0]
+    return predictions
 
 
 def classification_metrics(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line of `train.py`: options of ours, and every argument of the Hugging Face Trainer."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -8,15 +9,16 @@ from transformers import TrainingArguments
 
 from training.errors import UserError
 
-METRICS = ("macro_f1", "accuracy", "loss")
-
 
 @dataclass
 class Options:
     """What to train on and what to start from."""
 
-    train_file: str = field(metadata={"help": "csv, tsv, jsonl or parquet file of labelled examples"})
     task: str = field(default="text-classification", metadata={"help": "what the model shall do"})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "csv, tsv, jsonl or parquet file of examples; without it the base model is bundled as it is"},
+    )
     validation_file: str | None = field(
         default=None, metadata={"help": "examples to choose the best epoch by; taken from the training file if absent"}
     )
@@ -31,15 +33,20 @@ class Options:
         default=False, metadata={"help": "leave out rows without a text or a label instead of stopping"}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "tokens of one sequence; the model's maximum, at most 256, if absent"}
+        default=None, metadata={"help": "tokens of one sequence; if absent what suits the model and the task"}
     )
-    overflow: Literal["error", "truncate", "window"] = field(
-        default="truncate", metadata={"help": "what the served model does with a longer text unless a request says"}
+    overflow: Literal["error", "truncate", "window"] | None = field(
+        default=None, metadata={"help": "what the served model does with a longer text unless a request says"}
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "stop after so many evaluations without a better validation macro-F1"}
+        default=None, metadata={"help": "stop after so many evaluations without a better one"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace a bundle that is already in --output-dir"})
+
+    def files(self) -> dict[str, Path]:
+        """The data files that were given, by split."""
+        given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {name: Path(path) for name, path in given.items() if path is not None}
 
 
 @dataclass
@@ -63,7 +70,9 @@ class TrainerOptions(TrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "when to log the training loss"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "ship the best epoch, not the last"})
-    metric_for_best_model: str | None = field(default="macro_f1", metadata={"help": "macro_f1, accuracy or loss"})
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "what an epoch is judged by: loss, or a metric of the task"}
+    )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "mixed precision; if absent, on where the processor is fast at it"}
     )
@@ -75,8 +84,6 @@ class TrainerOptions(TrainingArguments):
             raise UserError("--output-dir is missing: name the folder to write the bundle to, e.g. artifacts/reviews")
         if not self.learning_rate > 0:
             raise UserError(f"--learning-rate {self.learning_rate:g}: give a number above 0, e.g. 1e-4")
-        if str(self.metric_for_best_model).removeprefix("eval_") not in METRICS:
-            raise UserError(f"--metric-for-best-model {self.metric_for_best_model}: choose {' or '.join(METRICS)}")
         if not torch.cuda.is_available():
             self.use_cpu = True
         if self.bf16 is None:
@@ -85,6 +92,16 @@ class TrainerOptions(TrainingArguments):
             super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has not annotated it
         except ValueError as error:
             raise UserError(" ".join(str(error).split())) from error
+
+    def choose_by(self, metrics: tuple[str, ...]) -> None:
+        """Settles what the best epoch is chosen by; `metrics`: those of the task, the first is the default.
+
+        Raises UserError for a metric that the task does not have.
+        """
+        wanted = (self.metric_for_best_model or (*metrics, "loss")[0]).removeprefix("eval_")
+        if self.metric_for_best_model and wanted not in (*metrics, "loss"):
+            raise UserError(f"--metric-for-best-model {wanted}: choose {' or '.join((*metrics, 'loss'))}")
+        self.metric_for_best_model, self.greater_is_better = wanted, wanted != "loss"
 
 
 def has_fast_bf16() -> bool:

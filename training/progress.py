@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _SECONDS_BETWEEN_LINES = 10.0
+_NOT_SCORES = ("eval_loss", "eval_runtime")
 _interrupted = False
 
 
@@ -75,11 +76,13 @@ class Progress(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not metrics or "eval_loss" not in metrics:
             return
-        line = (
-            f"  epoch {state.epoch:g}: training loss {self._loss:.3f}, validation loss {metrics['eval_loss']:.3f}, "
-            f"accuracy {metrics.get('eval_accuracy', float('nan')):.4f}, "
-            f"macro-F1 {metrics.get('eval_macro_f1', float('nan')):.4f}"
-        )
+        scores = [
+            f"{name.removeprefix('eval_').replace('_', '-')} {value:.4f}"
+            for name, value in metrics.items()
+            if name.startswith("eval_") and name not in _NOT_SCORES and not name.endswith("_per_second")
+        ]
+        losses = f"training loss {self._loss:.3f}, validation loss {metrics['eval_loss']:.3f}"
+        line = f"  epoch {state.epoch:g}: {', '.join([losses, *scores])}"
         tqdm.write(line) if self._bar is not None else print(line, flush=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
+from transformers.pipelines import PIPELINE_REGISTRY
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -17,24 +18,31 @@ _TEMPLATES = jinja2.Environment(
 
 def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str, Any], golden: int) -> None:
     """Writes `README.md` and `report.html` into the bundle."""
+    base = provenance["base_model"]["name"]
+    scores = list(metrics["splits"].values())
     facts = {
         "name": name,
         "task": metrics["task"],
         "labels": metrics["labels"],
-        "base": provenance["base_model"]["name"],
+        "origin": f"fine-tuned from `{base}`" if metrics.get("epochs") is not None else f"`{base}` as it is",
+        "base": base,
         "splits": metrics["splits"],
-        "counts": metrics["rows_per_label"],
+        "columns": [key for key, value in (scores[0] if scores else {}).items() if isinstance(value, float)],
+        "rows": metrics["rows"],
+        "counts": {split: counts for split, counts in metrics["rows_per_label"].items() if counts},
         "skipped": metrics["rows_skipped"],
-        "epochs": metrics["epochs"],
-        "seconds": metrics["training_seconds"],
-        "samples_per_second": metrics["training_samples_per_second"],
+        "epochs": metrics.get("epochs", []),
+        "learning": _learning(metrics.get("epochs", [])),
+        "seconds": metrics.get("training_seconds"),
+        "samples_per_second": metrics.get("training_samples_per_second"),
         "seed": provenance["arguments"]["seed"],
-        "max_length": metrics["max_length"],
-        "overflow": metrics["overflow"],
+        "max_length": metrics["settings"].get("max_length"),
+        "overflow": metrics["settings"].get("overflow"),
         "golden": golden,
+        "pipeline": metrics["task"] in PIPELINE_REGISTRY.get_supported_tasks(),
         "provenance": list(_flat(provenance)),
     }
-    balance = ", ".join(f"{label} {count}" for label, count in metrics["rows_per_label"]["train"].items())
+    balance = ", ".join(f"{label} {count}" for label, count in metrics["rows_per_label"].get("train", {}).items())
     card = _TEMPLATES.get_template("README.md.j2").render(
         **{**facts, "labels": ", ".join(metrics["labels"])},
         metadata=_metadata(name, metrics, provenance),
@@ -44,19 +52,35 @@ def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str,
     (stage / "report.html").write_text(_TEMPLATES.get_template("report.html.j2").render(**facts), encoding="utf-8")
 
 
+def _learning(epochs: list[dict[str, Any]]) -> dict[str, str]:
+    """The figures of the learning curve, by their key in the Trainer's log: validation loss and the task's metrics."""
+    keys = [key for key in (epochs[0] if epochs else {}) if key.startswith("eval_") and not key.endswith("_per_second")]
+    return {
+        key: "validation loss" if key == "eval_loss" else key.removeprefix("eval_").replace("_", "-")
+        for key in keys
+        if key != "eval_runtime"
+    }
+
+
+def figures(scores: dict[str, Any]) -> list[str]:
+    """The single figures among metrics, as people read them: "accuracy 0.9120"."""
+    return [f"{key.replace('_', '-')} {value:.4f}" for key, value in scores.items() if isinstance(value, float)]
+
+
 def _metadata(name: str, metrics: dict[str, Any], provenance: dict[str, Any]) -> str:
     """The card's YAML: the `model-index` that the Hugging Face hub and `huggingface_hub` read."""
     results = [
         EvalResult(
             task_type=metrics["task"],
             dataset_type="local",
-            dataset_name=provenance["data"].get(split, provenance["data"]["train"])["file"],
+            dataset_name=provenance["data"].get(split, provenance["data"].get("train", {})).get("file", "local"),
             dataset_split=split,
-            metric_type=metric,
-            metric_value=round(values[key], 6),
+            metric_type=key,
+            metric_value=round(value, 6),
         )
-        for split, values in metrics["splits"].items()
-        for metric, key in (("accuracy", "accuracy"), ("f1", "macro_f1"))
+        for split, scores in metrics["splits"].items()
+        for key, value in scores.items()
+        if isinstance(value, float)
     ]
     base = provenance["base_model"]
     return ModelCardData(
@@ -65,7 +89,7 @@ def _metadata(name: str, metrics: dict[str, Any], provenance: dict[str, Any]) ->
         license=base["licence"],
         pipeline_tag=metrics["task"],
         model_name=name,
-        eval_results=results,
+        eval_results=results or None,
     ).to_yaml()
 
 

@@ -1,9 +1,9 @@
 """Backends: arrays in, arrays out. One file per runtime; each imports its runtime only when it is loaded."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +17,19 @@ PRECISIONS = ("fp32", "bf16")
 class Backend(Protocol):
     """A loaded model."""
 
-    def __call__(self, arrays: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
+    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """Runs one micro-batch.
 
-        arrays: int64 [batch, length] by input name; inputs the model does not have are ignored.
-        Returns float32 arrays by output name, e.g. `logits` [batch, labels].
+        arrays: [batch, …] by input name, e.g. `input_ids`, int64 [batch, length]; those the model has no input for
+        are ignored. Returns float32 arrays by output name, e.g. `logits` [batch, labels].
         """
         ...
 
 
-def load(model_dir: Path, settings: Settings, auto_model: str) -> Backend:
-    """Loads the backend named in the settings; `auto_model` is the transformers class for the torch backend.
+def load(model_dir: Path, settings: Settings, auto_model: str, output_names: Sequence[str]) -> Backend:
+    """Loads the backend named in the settings.
+
+    auto_model: the transformers class for the torch backend. output_names: the model outputs that are wanted.
 
     Raises ValueError for a backend or precision that does not exist, ImportError if its runtime is not installed.
     """
@@ -37,9 +39,9 @@ def load(model_dir: Path, settings: Settings, auto_model: str) -> Backend:
     if settings.backend == "torch":
         from handler.backends.torch import TorchBackend
 
-        return TorchBackend(model_dir, settings.precision, threads, auto_model)
+        return TorchBackend(model_dir, settings.precision, threads, auto_model, output_names)
     if settings.backend == "openvino":
         from handler.backends.openvino import OpenVinoBackend
 
-        return OpenVinoBackend(model_dir, settings.precision, threads)
+        return OpenVinoBackend(model_dir, settings.precision, threads, output_names)
     raise ValueError(f"backend {settings.backend!r} is not one of {', '.join(BACKENDS)}")

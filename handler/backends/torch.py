@@ -1,8 +1,9 @@
 """The torch backend: the bundle's own weights through transformers. The reference for every other backend."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 class TorchBackend:
     """Runs a transformers model on the CPU in fp32 or bf16."""
 
-    def __init__(self, model_dir: Path, precision: str, threads: int, auto_model: str) -> None:
+    def __init__(
+        self, model_dir: Path, precision: str, threads: int, auto_model: str, output_names: Sequence[str]
+    ) -> None:
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -28,10 +31,14 @@ class TorchBackend:
             )
             .eval()
         )
+        self._outputs = tuple(output_names)
         self._inputs = set(inspect.signature(self._model.forward).parameters)
 
     @torch.inference_mode()
-    def __call__(self, arrays: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
+    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """See `handler.backends.Backend`."""
         inputs = {name: torch.from_numpy(array) for name, array in arrays.items() if name in self._inputs}
-        return {"logits": self._model(**inputs).logits.float().numpy()}
+        # Floating-point inputs, i.e. media, come in the precision of the weights.
+        inputs = {name: t.to(self._model.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+        outputs = self._model(**inputs)
+        return {name: outputs[name].float().numpy() for name in self._outputs}

@@ -1,8 +1,8 @@
 """The Open Inference Protocol (v2), as JSON over REST and as TorchServe hands it on from gRPC.
 
 Spec: https://github.com/kserve/open-inference-protocol and, for tensors sent as raw bytes behind the JSON, Triton's
-binary tensor data extension. A request has one BYTES tensor of texts; the answer has one tensor per field of the
-predictions, e.g. `label` (BYTES) and `score` (FP32), each [inputs, labels].
+binary tensor data extension. A request has one BYTES tensor of texts, images or sounds; the answer has one tensor per
+field of the predictions, e.g. `label` (BYTES) and `score` (FP32), each [inputs, labels].
 """
 
 import base64
@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from handler import media
 from handler.errors import InvalidInput, RequestError, UnreadableRequest
 from handler.formats import fields
 from handler.formats.hugging_face import details
-from handler.messages import Model, Request, Result
+from handler.messages import Media, Model, Request, Result
 from handler.parameters import shown
 
 _FIELDS = ("id", "model_name", "model_version", "inputs", "parameters", "outputs")
@@ -89,10 +90,10 @@ def decode(value: Any, grpc: bool) -> tuple[Request, OpenInferenceReply]:
     if reply.id != (value.get("id") or ""):
         raise InvalidInput(f"id must be a string of at most {_MAX_ID} characters")
     if len(value["inputs"]) != 1:
-        raise InvalidInput(f"send one input tensor of texts, not {len(value['inputs'])}")
+        raise InvalidInput(f"send one input tensor, not {len(value['inputs'])}")
     [tensor] = value["inputs"]
     if tensor.get("datatype") != "BYTES":
-        raise InvalidInput("the input tensor must have the datatype BYTES: it holds texts")
+        raise InvalidInput("the input tensor must have the datatype BYTES: it holds texts, images or sounds")
     shape, data = tensor.get("shape"), _flat(fields.items(tensor.get("data"), "data"))
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise InvalidInput("the input tensor's shape must be a list of non-negative integers")
@@ -100,10 +101,10 @@ def decode(value: Any, grpc: bool) -> tuple[Request, OpenInferenceReply]:
         raise InvalidInput(f"the input tensor has {len(shape)} dimensions; send at most {_MAX_DIMENSIONS}")
     if math.prod(shape) != len(data):
         raise InvalidInput(f"the input tensor's shape {shown(shape)} does not fit its {len(data)} elements")
-    texts = [_from_base64(text) for text in data] if reply.grpc else data
+    inputs = [_from_base64(element) for element in data] if reply.grpc else data
     given = fields.parameters(value)
     parameters = {name: given[name] for name in given if name not in _PROTOCOL_PARAMETERS}
-    return Request(texts, parameters, True), reply
+    return Request(inputs, parameters, True), reply
 
 
 def header_length(headers: Mapping[str, Any]) -> int | None:
@@ -134,23 +135,34 @@ def read_binary(body: bytes, json_length: int) -> Any:
     return value
 
 
-def _elements(raw: bytes) -> list[str]:
-    """Elements of a BYTES tensor: each a little-endian uint32 length and that many bytes of UTF-8."""
-    elements, position = [], 0
+def _elements(raw: bytes) -> list[str | bytes]:
+    """Elements of a BYTES tensor: each a little-endian uint32 length and that many bytes."""
+    elements: list[str | bytes] = []
+    position = 0
     while position < len(raw):
         start = position + 4
         position = start + int.from_bytes(raw[position:start], "little")
         if position > len(raw):
             raise ValueError
-        elements.append(raw[start:position].decode("utf-8"))
+        elements.append(_element(raw[start:position]))
     return elements
 
 
-def _from_base64(value: Any) -> str:
+def _from_base64(value: Any) -> str | bytes:
     try:
-        return base64.b64decode(value, validate=True).decode("utf-8")
+        return _element(base64.b64decode(value, validate=True))
     except (TypeError, ValueError, binascii.Error):
-        raise UnreadableRequest("a text of the input tensor is not UTF-8") from None
+        raise UnreadableRequest("an element of the input tensor is not base64") from None
+
+
+def _element(raw: bytes) -> str | bytes:
+    """One element of a BYTES tensor: a text, or the bytes of what is none."""
+    if media.media_type(raw):  # a sound may well be valid UTF-8
+        return raw
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw
 
 
 def _flat(values: list[Any]) -> list[Any]:
@@ -169,7 +181,7 @@ def _tensors(predictions: Sequence[Any]) -> list[dict[str, Any]]:
         for row in rows
     )
     if not regular:
-        texts = [json.dumps(prediction) for prediction in predictions]
+        texts = [p.base64() if isinstance(p, Media) else json.dumps(p) for p in predictions]
         return [{"name": "prediction", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]
     shape = [len(rows), len(rows[0])]
     columns = {name: [entry[name] for row in rows for entry in row] for name in names}

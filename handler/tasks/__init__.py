@@ -1,49 +1,115 @@
 """Tasks: what is asked of a model and what it answers. One file per task, one line in the registry."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from handler.inputs import Inputs
 from handler.parameters import CommonParameters
+from handler.settings import Settings
 
 REGISTRY = {
     "text-classification": "handler.tasks.text_classification:TextClassification",
 }
 
+Outputs = Mapping[str, NDArray[np.float32]]
 
-class Task(Protocol):
-    """Preprocessing, postprocessing and parameters of one task; built from the model's `config.json`.
 
-    auto_model: the transformers class that loads the model.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One sample of an input and what the model gave for it.
+
+    outputs: for each row the model's outputs by name, without the batch axis; those with a value per token still have
+    the batch's padding behind the row's own `len(row)` positions.
+    """
+
+    sample: Any
+    rows: Sequence[Any]
+    outputs: Sequence[Outputs]
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """Each row's share of the sample, float32 [rows], sums to 1."""
+        lengths = np.array([len(row) for row in self.rows], dtype=np.float32)
+        return np.asarray(lengths / lengths.sum())
+
+
+class Task(ABC):
+    """Preprocessing, postprocessing and parameters of one task, for one model.
+
     Parameters: dataclass of the parameters a request may carry.
     nests_single: whether the Inference API answers a single input with a list of one.
     """
 
-    auto_model: ClassVar[str]
     Parameters: ClassVar[type[CommonParameters]]
-    nests_single: ClassVar[bool]
+    nests_single: ClassVar[bool] = False
 
-    def __init__(self, config: Mapping[str, Any]) -> None: ...
+    @abstractmethod
+    def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:
+        """config: the model's `config.json`, {} if it has none. Raises ValueError if the model is not for this task."""
 
-    def read(self, item: Any) -> str:
-        """The text of one input. Raises RequestError if the input is not one this task takes."""
-        ...
+    @abstractmethod
+    def read(self, value: Any, parameters: Any) -> Sequence[Any]:
+        """The samples of one input: one, or several where an input asks more than one question of the model.
 
-    def postprocess(
-        self, logits: NDArray[np.float32], weights: NDArray[np.float32], parameters: CommonParameters
-    ) -> Any:
-        """The prediction for one text, as JSON values.
-
-        logits: float32 [windows, labels]; weights: float32 [windows], each window's share of the text, sums to 1.
+        Raises RequestError if the input is not one this task takes.
         """
-        ...
 
-    def drift(self, expected: Any, found: Any) -> float:
-        """How far two predictions for one input are apart: the largest difference of a score, or inf."""
-        ...
+    @staticmethod
+    @abstractmethod
+    def drift(expected: Any, found: Any) -> float:
+        """How far two predictions for one input are apart: the largest difference of a score, or inf.
+
+        Both as JSON values, media in base64.
+        """
+
+
+class EncoderTask(Task):
+    """A task that needs one forward pass for each row. Runs on every backend.
+
+    auto_model: the transformers class that loads the model. output_names: the model outputs that it needs.
+    """
+
+    auto_model: ClassVar[str]
+    output_names: ClassVar[tuple[str, ...]] = ("logits",)
+    inputs: Inputs[Any]
+
+    def keep(self, row: Any, outputs: Outputs) -> Outputs:
+        """What `postprocess` needs of one row's outputs: the place to let go of large arrays early."""
+        return outputs
+
+    @abstractmethod
+    def postprocess(self, parts: Sequence[Part], parameters: Any) -> Any:
+        """The prediction for one input, as JSON values; `parts`: what became of the samples that `read` gave.
+
+        Raises RequestError if there is none.
+        """
+
+
+class GenerativeTask(Task):
+    """A task whose answer takes many passes. It owns its model, and runs on torch."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[tuple[Sequence[Any], Any]]) -> list[Any]:
+        """Answers inputs, each as (its samples, its parameters), in order.
+
+        Returns an `Answer` or a RequestError for each.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a generative task gives for one input. tokens: of the input, whole; truncated: whether it was cut."""
+
+    prediction: Any
+    tokens: int = 0
+    truncated: bool = False
 
 
 def load(name: str) -> type[Task]:
@@ -53,3 +119,11 @@ def load(name: str) -> type[Task]:
     module, _, attribute = REGISTRY[name].partition(":")
     task: type[Task] = getattr(import_module(module), attribute)
     return task
+
+
+def largest_difference(expected: Mapping[Any, float], found: Mapping[Any, float]) -> float:
+    """Largest difference of the scores under one key, NaN if one is; inf if the keys differ. For `Task.drift`."""
+    if expected.keys() != found.keys():
+        return float("inf")
+    # Unlike max(), numpy's keeps a NaN wherever it stands.
+    return float(np.max([abs(expected[key] - found[key]) for key in expected], initial=0.0))

@@ -1,15 +1,113 @@
-"""Training tasks: how examples become features and what a good model is. One file per task, one line here."""
+"""Training tasks: how examples become features, what a good model is. One file per task, one line in the registry."""
 
-from types import ModuleType
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, ClassVar
 
+from datasets import Dataset
+from transformers import Trainer
+
+from training.base_model import BaseModel
 from training.errors import UserError
-from training.tasks import text_classification
+from training.options import Options, TrainerOptions
 
-REGISTRY: dict[str, ModuleType] = {"text-classification": text_classification}
+REGISTRY = {
+    "text-classification": "training.tasks.text_classification:TextClassification",
+}
+_GOLDEN_EXAMPLES = 12
 
 
-def load(name: str) -> ModuleType:
-    """The module of a task. Raises UserError, naming the tasks there are, for another name."""
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The data of a run, checked.
+
+    train: None where an existing model is bundled as it is. labels: names in class order, empty if the task has none.
+    skipped: rows left out by --skip-bad-rows.
+    """
+
+    train: Dataset | None
+    validation: Dataset | None
+    test: Dataset | None
+    labels: list[str] = field(default_factory=list)
+    skipped: int = 0
+
+    def named(self) -> dict[str, Dataset]:
+        """The splits that there are, by name."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: rows for name, rows in splits.items() if rows is not None}
+
+
+class TrainingTask(ABC):
+    """One task, from files to a trained model and its scores.
+
+    metrics: what an epoch can be judged by besides "loss"; the first is the default, "loss" if there are none.
+    primary: the key of `score`'s result that stands for the whole, higher is better, from 0 to 1.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+    primary: ClassVar[str]
+
+    @abstractmethod
+    def read(self, options: Options, seed: int, base: BaseModel) -> Splits:
+        """Reads the files. Raises UserError for whatever in them would spoil the run."""
+
+    def counts(self, rows: Dataset, labels: Sequence[str]) -> dict[str, int]:
+        """Rows (or entities) per label, in label order; {} where that says nothing."""
+        return {}
+
+    @abstractmethod
+    def load(self, base: BaseModel, splits: Splits, options: Options) -> tuple[Any, Any]:
+        """The model to train and its processor: a tokenizer, image processor or feature extractor.
+
+        Both have `save_pretrained`. Raises UserError if the base model cannot be loaded for this task.
+        """
+
+    @abstractmethod
+    def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
+        """Entries of the `handler:` section of model-config.yaml (see handler/settings.py), before training.
+
+        Raises UserError for options that the model cannot meet.
+        """
+
+    @abstractmethod
+    def trainer(
+        self,
+        model: Any,
+        processor: Any,
+        splits: Splits,
+        options: Options,
+        arguments: TrainerOptions,
+        settings: Mapping[str, Any],
+    ) -> Trainer:
+        """A Hugging Face Trainer over the splits: see training/trainer.py."""
+
+    def learned(
+        self, trainer: Trainer, splits: Splits, options: Options, settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Entries of the `handler:` section that come from the trained model, e.g. thresholds."""
+        return {}
+
+    @abstractmethod
+    def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows as what a client would send: `inputs`, perhaps `parameters`, and the `target` that `score` compares."""
+
+    def golden(self, examples: Sequence[Mapping[str, Any]], max_length: int, seed: int) -> list[dict[str, Any]]:
+        """Requests for the golden set, each `inputs` and perhaps `parameters`. Those that are refused are left out."""
+        return [
+            {key: value for key, value in example.items() if key != "target"} for example in examples[:_GOLDEN_EXAMPLES]
+        ]
+
+    @abstractmethod
+    def score(self, predictions: Sequence[Any], targets: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
+        """Metrics of the served model's predictions; `rows` and `primary` are among them."""
+
+
+def load(name: str) -> TrainingTask:
+    """A task by its name. Raises UserError, naming the tasks there are, for another name."""
     if name not in REGISTRY:
         raise UserError(f"--task {name}: choose one of {', '.join(REGISTRY)}")
-    return REGISTRY[name]
+    module, _, attribute = REGISTRY[name].partition(":")
+    task: TrainingTask = getattr(import_module(module), attribute)()
+    return task

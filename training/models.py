@@ -1,0 +1,79 @@
+"""Loads what training starts from, with errors that name the option to change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from training.base_model import BaseModel
+from training.errors import UserError
+
+
+def load(base: BaseModel, auto_model: Any, purpose: str, **config_changes: Any) -> PreTrainedModel:
+    """A pretrained model with a fresh head where its own does not fit.
+
+    auto_model: e.g. `AutoModelForSequenceClassification`. purpose: what it shall be, for messages, e.g. "a text
+    classifier". config_changes: entries of the model's config. Raises UserError if it cannot be loaded.
+    """
+    with loading(base, purpose):
+        config = AutoConfig.from_pretrained(base.location, trust_remote_code=False, **config_changes)
+        model, report = auto_model.from_pretrained(
+            base.location,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # the head of a model with other labels is replaced
+            output_loading_info=True,
+        )
+        body = f"{model.base_model_prefix}."
+        if misfits := [str(name) for name, *_ in report["mismatched_keys"] if str(name).startswith(body)]:
+            raise ValueError(f"its weights do not fit its config.json: {misfits[0]}")
+    return model  # type: ignore[no-any-return]  # transformers' Auto classes are untyped
+
+
+def load_tokenizer(base: BaseModel, purpose: str) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer. Raises UserError if it cannot be loaded, or cannot be served."""
+    with loading(base, purpose):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.location, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise UserError(f"--base-model {base.name}: its tokenizer has no tokenizer.json, which serving needs")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"--base-model {base.name}: its tokenizer has no padding token; set one and save it first")
+    return tokenizer
+
+
+@contextmanager
+def loading(base: BaseModel, purpose: str) -> Iterator[None]:
+    """Turns whatever goes wrong in loading into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--base-model {base.name}: cannot be loaded as {purpose}: {reason}") from error
+
+
+def attention() -> dict[str, Any]:
+    """Config changes for training: on a CPU the plain kernel without dropout, whose random numbers cost more than the
+    attention itself."""
+    if torch.cuda.is_available():
+        return {}
+    return {"attn_implementation": "eager", "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0}
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None, usual: int) -> int:
+    """Tokens of one sequence: as `wanted`, or what the model can take, at most `usual`.
+
+    Raises UserError for a length that the model cannot take.
+    """
+    # RoBERTa counts positions from behind its padding index.
+    reserved = model.config.pad_token_id + 1 if "roberta" in model.config.model_type else 0
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    limit = min(positions - reserved, tokenizer.model_max_length)
+    if wanted is None:
+        return int(min(limit, usual))
+    if not 8 <= wanted <= limit:
+        raise UserError(f"--max-length {wanted}: this model takes 8 to {limit} tokens")
+    return wanted
