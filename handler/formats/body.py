@@ -1,4 +1,4 @@
-"""The body of a request, whatever its content type: a JSON value, or a text."""
+"""The body of a request, whatever its content type: a JSON value, a text, or the bytes of an image or sound."""
 
 import codecs
 import json
@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from handler import media
 from handler.errors import RequestError, UnreadableRequest, UnsupportedMediaType
 from handler.formats import open_inference
 
@@ -13,33 +14,37 @@ from handler.formats import open_inference
 _NOT_CHARSETS = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")
 # The first characters of a JSON object or list, as opposed to a text that happens to begin with a bracket.
 _LOOKS_LIKE_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*["{\[\]])')
+_SEND = 'send JSON such as {"inputs": "a text"}, plain text, or an image or sound'
 
 
 def read(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Any:
-    """The JSON value of a request, or its text as a str.
+    """The JSON value of a request, its text as a str, or an image or sound as bytes.
 
-    TorchServe has decoded some bodies already (exact `application/json`, `text/*`) and hands the others over as
-    bytes. JSON without a content type, as over gRPC, is recognised. Raises RequestError if nothing can be read.
+    TorchServe has decoded some bodies already (exact `application/json`, `text/*`) and hands the others over as a
+    bytearray. JSON, images and sounds without a content type, as over gRPC, are recognised. Raises RequestError if
+    nothing can be read.
     """
     name = next((field for field in ("body", "data") if field in row), None)
     if name is None and (row or "form" in _header("content-type", headers)):
         # What `curl -d` sends unless told otherwise; TorchServe has taken it apart already.
         raise UnsupportedMediaType(
-            "the body came as a web form; send it with the header Content-Type: application/json"
+            "the body came as a web form; send it with the header Content-Type: application/json, or that of the file"
         )
     if name is None:
-        raise UnreadableRequest('the request has no body; send JSON such as {"inputs": "a text"}, or plain text')
+        raise UnreadableRequest(f"the request has no body; {_SEND}")
     value, media_type = row[name], _media_type(name, headers)
     if not isinstance(value, bytes | bytearray):
         return value
     if not value:
-        raise UnreadableRequest('the body is empty; send JSON such as {"inputs": "a text"}, or plain text')
+        raise UnreadableRequest(f"the body is empty; {_SEND}")
     if (binary := open_inference.header_length(headers)) is not None:
         return open_inference.read_binary(bytes(value), binary)
     if media_type.partition("/")[0] in ("image", "audio", "video"):
-        raise UnsupportedMediaType(f"this model takes text, not {media_type.partition('/')[0]}")
+        return bytes(value)
     if media_type.endswith("json"):
         return parse_json(value)
+    if not media_type.startswith("text/") and media.media_type(value):
+        return bytes(value)
     text = _text(value, "utf-8" if media_type.endswith("octet-stream") else _charset(headers))
     if media_type.startswith("text/"):
         return text
