@@ -3,13 +3,15 @@
 import random
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from tokenizers import Encoding
 
-from handler.batching import collate, micro_batches, padded
+from handler.batching import micro_batches, padded
+from handler.inputs.text import TextInputs
 
 
 @dataclass
@@ -21,6 +23,11 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def collate(encodings: list[Encoding], pad_id: int, max_length: int, bundle: Path) -> dict[str, Any]:
+    config = {"pad_token_id": pad_id, "type_vocab_size": 2}
+    return TextInputs(bundle, config, max_length, stride=0).collate(encodings)
 
 
 def encoding(*ids: int, type_id: int = 0) -> Encoding:
@@ -69,8 +76,8 @@ def test_any_lengths_and_budget() -> None:
             assert (len(group) + 1) * padded(lengths[following[0]]) > budget
 
 
-def test_collate_pads_on_the_right() -> None:
-    arrays = collate([encoding(5, 6, 7, type_id=1), encoding(9), encoding(*range(1, 10))], pad_id=3, max_length=256)
+def test_collate_pads_on_the_right(bundle: Path) -> None:
+    arrays = collate([encoding(5, 6, 7, type_id=1), encoding(9), encoding(*range(1, 10))], 3, 256, bundle)
     assert {name: (array.dtype, array.shape) for name, array in arrays.items()} == {
         name: (np.dtype(np.int64), (3, 16)) for name in ("input_ids", "attention_mask", "token_type_ids")
     }
@@ -96,19 +103,21 @@ def test_collate_pads_on_the_right() -> None:
         (9, 10, 10),
     ],
 )
-def test_length_is_a_multiple_of_eight_but_never_over_the_maximum(longest: int, max_length: int, expected: int) -> None:
-    arrays = collate([encoding(*range(longest)), encoding(1)], pad_id=0, max_length=max_length)
+def test_length_is_a_multiple_of_eight_but_never_over_the_maximum(
+    longest: int, max_length: int, expected: int, bundle: Path
+) -> None:
+    arrays = collate([encoding(*range(longest)), encoding(1)], 0, max_length, bundle)
     assert arrays["input_ids"].shape == (2, expected)
 
 
-def test_any_encodings_come_back_out_of_their_arrays() -> None:
+def test_any_encodings_come_back_out_of_their_arrays(bundle: Path) -> None:
     chance = random.Random(1)
     for _ in range(200):
         max_length = chance.choice([16, 100, 250])
         pad_id = chance.choice([0, 1])
         lengths = [chance.randint(1, max_length) for _ in range(chance.randint(1, 9))]
         rows = [[chance.randint(2, 99) for _ in range(length)] for length in lengths]
-        arrays = collate([encoding(*row) for row in rows], pad_id, max_length)
+        arrays = collate([encoding(*row) for row in rows], pad_id, max_length, bundle)
         length = arrays["input_ids"].shape[1]
         assert length <= max_length
         assert length % 8 == 0 or length == max_length

@@ -336,8 +336,8 @@ def test_a_bundle_that_lacks_a_file(small: Path, tmp_path: Path, build_here: Bui
         ("golden.jsonl", "", "empty"),
         ("golden.jsonl", "nonsense\n", "not JSON"),
         ("golden.jsonl", '{"inputs": "text"}\n', "predictions"),
-        ("validation.jsonl", "", "empty"),
-        ("validation.jsonl", '{"text": "no label"}\n', "label"),
+        ("validation.jsonl", "", "do not belong together"),
+        ("validation.jsonl", '{"inputs": "no target"}\n', "target"),
         ("metrics.json", "{}", "labels"),
         ("metrics.json", "{", "Expecting"),
     ],
@@ -412,7 +412,7 @@ def test_a_model_that_got_worse_is_refused_unless_it_is_allowed(small: Path, tmp
     """Three validation answers are made wrong; one may always change."""
     rows = lines(small / "validation.jsonl")
     for row in rows[:3]:
-        row["label"] = "negative" if row["label"] == "positive" else "positive"
+        row["target"] = "negative" if row["target"] == "positive" else "positive"
     write_lines(small / "validation.jsonl", rows)
     with pytest.raises(Exit, match=r"validation accuracy falls from [\d.]+ to [\d.]+, more than 0\.5 points"):
         build_here(small)

@@ -11,11 +11,11 @@ import datasets
 import pandas as pd
 import pytest
 
-from training import data
+from training import base_model, data
 from training.errors import UserError
 from training.options import Options
-from training.tasks import text_classification
-from training.tasks.text_classification import Splits
+from training.tasks import Splits
+from training.tasks.text_classification import TextClassification
 
 ROWS = [
     ("A fine pair of boots.", "good"),
@@ -50,7 +50,7 @@ def write(path: Path, rows: list[tuple[Any, Any]]) -> Path:
 
 
 def splits(train: Path, seed: int = 42, **options: Any) -> Splits:
-    return text_classification.read_splits(Options(train_file=str(train), **options), seed)
+    return TextClassification().read(Options(train_file=str(train), **options), seed, base_model.resolve(None))
 
 
 def read(path: Path, *, skip_bad_rows: bool = False) -> tuple[list[tuple[str, str]], int]:

@@ -29,7 +29,7 @@ def engine(bundle: Path) -> Engine:
 @pytest.fixture
 def recorded(engine: Engine, tmp_path: Path) -> Path:
     path = tmp_path / "golden.jsonl"
-    path.write_text(golden.record(engine, INPUTS), encoding="utf-8")
+    path.write_text(golden.record(engine, [{"inputs": value} for value in INPUTS]), encoding="utf-8")
     return path
 
 
@@ -103,7 +103,7 @@ def test_other_labels_are_refused(engine: Engine, recorded: Path, predictions: l
 
 
 def test_drift_is_the_largest_difference_of_a_label() -> None:
-    task = TextClassification({"id2label": {"0": "a", "1": "b"}})
+    task = TextClassification
     before = [{"label": "a", "score": 0.75}, {"label": "b", "score": 0.25}]
     after = [{"label": "b", "score": 0.5}, {"label": "a", "score": 0.625}]
     assert task.drift(before, after) == 0.25
@@ -113,9 +113,9 @@ def test_drift_is_the_largest_difference_of_a_label() -> None:
 
 def test_an_input_that_has_no_answer_is_not_recorded(bundle: Path, engine: Engine) -> None:
     with pytest.raises(InvalidInput):
-        golden.record(engine, ["a", 7])
+        golden.record(engine, [{"inputs": "a"}, {"inputs": 7}])
     with pytest.raises(TooLarge):
-        golden.record(Engine(bundle, overflow="error"), ["good " * 400])
+        golden.record(Engine(bundle, overflow="error"), [{"inputs": "good " * 400}])
 
 
 def test_an_example_that_can_no_longer_be_answered_is_refused(engine: Engine, recorded: Path) -> None:

@@ -2,15 +2,18 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import transformers
 from conftest import REVIEWS
 
-from handler.tokenization import TextTokenizer
+from handler.errors import TooLarge
+from handler.inputs import Encoded
+from handler.inputs.text import TextInputs
 
 ODD = [
     "",
@@ -39,6 +42,11 @@ ODD = [
 ]
 
 
+def encode(model: Path, max_length: int, stride: int, texts: Sequence[str]) -> list[Encoded]:
+    encoded = TextInputs(model, {}, max_length, stride).encode(texts)
+    return [cast(Encoded, entry) for entry in encoded]
+
+
 def reviews() -> list[str]:
     with (REVIEWS / "test.csv").open(encoding="utf-8", newline="") as file:
         return [row["text"] for row in csv.DictReader(file)]
@@ -60,9 +68,9 @@ def long_texts() -> list[str]:
 def test_ids_and_types_equal_the_hugging_face_tokenizer(bundle: Path, reference: Any) -> None:
     texts = reviews() + ODD
     expected = reference(texts, truncation=True, max_length=256)
-    encoded = TextTokenizer(bundle, 256, 32)(texts)
-    assert [text.windows[0].ids for text in encoded] == expected["input_ids"]
-    assert [text.windows[0].type_ids for text in encoded] == expected["token_type_ids"]
+    encoded = encode(bundle, 256, 32, texts)
+    assert [text.rows[0].ids for text in encoded] == expected["input_ids"]
+    assert [text.rows[0].type_ids for text in encoded] == expected["token_type_ids"]
     assert [text.tokens for text in encoded] == [len(ids) for ids in reference(texts)["input_ids"]]
 
 
@@ -70,11 +78,11 @@ def test_ids_and_types_equal_the_hugging_face_tokenizer(bundle: Path, reference:
 def test_windows_of_long_texts(
     bundle: Path, reference: Any, long_texts: list[str], max_length: int, stride: int
 ) -> None:
-    for text, encoded in zip(long_texts, TextTokenizer(bundle, max_length, stride)(long_texts), strict=True):
+    for text, encoded in zip(long_texts, encode(bundle, max_length, stride, long_texts), strict=True):
         first, *content, last = reference(text)["input_ids"]
         assert encoded.tokens == len(content) + 2
         pieces = []
-        for window in encoded.windows:
+        for window in encoded.rows:
             assert len(window) <= max_length
             assert (window.ids[0], window.ids[-1]) == (first, last)
             assert set(window.type_ids) == {0}
@@ -91,18 +99,18 @@ def test_windows_of_long_texts(
 
 @pytest.mark.parametrize(("words", "windows"), [(0, 1), (1, 1), (253, 1), (254, 1), (255, 2), (476, 2), (477, 3)])
 def test_a_text_is_split_only_where_it_is_too_long(bundle: Path, words: int, windows: int) -> None:
-    [encoded] = TextTokenizer(bundle, 256, 32)(["good " * words])
-    assert len(encoded.windows) == windows
+    [encoded] = encode(bundle, 256, 32, ["good " * words])
+    assert len(encoded.rows) == windows
+    assert encoded.overflows == (windows > 1)
     assert encoded.tokens == words + 2
 
 
 def test_texts_do_not_change_each_other(bundle: Path, long_texts: list[str]) -> None:
-    tokenizer = TextTokenizer(bundle, 64, 8)
     texts = [*ODD, *long_texts, *reviews()[:30]]
-    together = tokenizer(texts)
+    together = encode(bundle, 64, 8, texts)
     for text, encoded in zip(texts, together, strict=True):
-        [alone] = tokenizer([text])
-        assert [window.ids for window in alone.windows] == [window.ids for window in encoded.windows]
+        [alone] = encode(bundle, 64, 8, [text])
+        assert [window.ids for window in alone.rows] == [window.ids for window in encoded.rows]
         assert alone.tokens == encoded.tokens
 
 
@@ -119,10 +127,41 @@ def test_padding_and_truncation_saved_with_the_tokenizer_are_not_used(bundle: Pa
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved), encoding="utf-8")
     texts = ["", "A fine pair of boots.", "good " * 300]
-    expected = [[w.ids for w in text.windows] for text in TextTokenizer(bundle, 256, 32)(texts)]
-    assert [[w.ids for w in text.windows] for text in TextTokenizer(tmp_path, 256, 32)(texts)] == expected
+    expected = [[w.ids for w in text.rows] for text in encode(bundle, 256, 32, texts)]
+    assert [[w.ids for w in text.rows] for text in encode(tmp_path, 256, 32, texts)] == expected
 
 
 def test_a_model_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
-        TextTokenizer(tmp_path, 256, 32)
+        encode(tmp_path, 256, 32, [])
+
+
+def test_a_pair_is_cut_as_the_hugging_face_tokenizer_cuts_it(bundle: Path, reference: Any) -> None:
+    pairs = [("a short one", "good " * 60), ("bad " * 60, "a short one"), ("good " * 40, "bad " * 50), ("a", "b")]
+    expected = reference(*map(list, zip(*pairs, strict=True)), truncation="longest_first", max_length=64)
+    lengths = [len(ids) for ids in reference(*map(list, zip(*pairs, strict=True)))["input_ids"]]
+    encoded = [cast(Encoded, entry) for entry in TextInputs(bundle, {}, 64, 8).encode(pairs)]
+    assert [[row.ids for row in entry.rows] for entry in encoded] == [[ids] for ids in expected["input_ids"]]
+    assert [entry.rows[0].type_ids for entry in encoded] == expected["token_type_ids"]
+    assert [entry.tokens for entry in encoded] == lengths
+    assert [entry.overflows for entry in encoded] == [True, True, True, False]
+
+
+def test_windows_over_one_text_of_a_pair(bundle: Path, reference: Any) -> None:
+    question, context = "who came?", " ".join(f"word{number}" for number in range(100))
+    inputs = TextInputs(bundle, {}, 64, 8, truncation="only_second")
+    [encoded] = inputs.encode([(question, context)])
+    assert isinstance(encoded, Encoded)
+    expected = reference(
+        question, context, truncation="only_second", max_length=64, stride=8, return_overflowing_tokens=True
+    )
+    assert [row.ids for row in encoded.rows] == expected["input_ids"]
+    assert len(encoded.rows) > 2
+    assert encoded.tokens == len(reference(question, context)["input_ids"])
+
+
+def test_a_pair_that_leaves_no_room_is_an_error_of_its_own(bundle: Path) -> None:
+    inputs = TextInputs(bundle, {}, 64, 8, truncation="only_second")
+    good, bad = ("who?", "someone"), ("who " * 90, "someone")
+    outcomes = inputs.encode([good, bad, good])
+    assert [type(outcome) for outcome in outcomes] == [Encoded, TooLarge, Encoded]

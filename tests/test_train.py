@@ -381,7 +381,7 @@ def test_the_report_stands_alone(bundle: Path) -> None:
     assert page.fetched == []
     assert not re.search(r"@import|url\(|https?://", source)
     scores = load(bundle / "metrics.json")["splits"]["validation"]
-    assert f"accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}" in page.text
+    assert f"accuracy {scores['accuracy']:.4f}, macro-f1 {scores['macro_f1']:.4f}" in page.text
     assert load(bundle / "provenance.json")["weights_sha256"] in page.text
 
 
@@ -434,7 +434,7 @@ def test_integer_labels_imbalance_bad_rows_a_test_file_and_a_base_of_other_label
     assert metrics["labels"] == ["0", "1"]
     assert metrics["rows_skipped"] == 2
     assert {split: scores["rows"] for split, scores in metrics["splits"].items()} == {"validation": 61, "test": 61}
-    assert {row["label"] for row in rows_of(place / "validation.jsonl")} == {"0", "1"}
+    assert {row["target"] for row in rows_of(place / "validation.jsonl")} == {"0", "1"}
     assert yaml.safe_load((place / "model-config.yaml").read_text())["handler"]["overflow"] == "window"
     base = load(place / "provenance.json")["base_model"]
     assert base["sha256"] == load(bundle / "provenance.json")["weights_sha256"]

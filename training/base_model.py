@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from training import scratch
 from training.errors import UserError
 
 BUNDLED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -16,12 +17,16 @@ BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """location: what `from_pretrained` takes; name: what reports call it; sha256: of local weights, else None."""
+    """location: what `from_pretrained` takes; name: what reports call it; sha256: of local weights, else None.
+
+    spec: the model to build where there are no weights to start from; `location` is empty then.
+    """
 
     location: str
     name: str
     sha256: str | None
     licence: str | None
+    spec: scratch.Spec | None = None
 
     def labels(self) -> list[str]:
         """Label names of its own head, in class order. Raises UserError if it has none that mean anything."""
@@ -36,11 +41,17 @@ class BaseModel:
             ) from None
 
 
-def resolve(choice: str | None) -> BaseModel:
-    """The base model named by `--base-model`, the bundled MiniLM if None.
+def resolve(choice: str | None, from_scratch: str | None = None) -> BaseModel:
+    """The base model named by `--base-model`, the one that `--from-scratch` describes, or else the bundled MiniLM.
 
-    Raises UserError if the bundled weights are missing or have another digest, or a local folder is no model.
+    Raises UserError if both are given, the specification is wrong, the bundled weights are missing or have another
+    digest, or a local folder is no model.
     """
+    if from_scratch is not None:
+        if choice is not None:
+            raise UserError("--base-model and --from-scratch exclude each other: weights are either there or random")
+        spec = scratch.parse_spec(from_scratch)
+        return BaseModel("", f"{spec.model_type} from scratch", None, None, spec)
     if choice is None:
         return _bundled()
     folder = Path(choice)
@@ -74,14 +85,21 @@ def _local(folder: Path) -> BaseModel:
         raise UserError(
             f"--base-model {folder}: there is no config.json in it; name a folder that save_pretrained wrote"
         )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    digest = weights_sha256(folder)
+    if digest is None:
         raise UserError(
             f"--base-model {folder}: there are no .safetensors weights in it; pickled weights are not loaded: "
             "load and save the model once with a current transformers to convert them"
         )
-    digest = hashlib.sha256("".join(_sha256(path) for path in weights).encode()).hexdigest()
-    return BaseModel(str(folder), folder.resolve().name, _sha256(weights[0]) if len(weights) == 1 else digest, None)
+    return BaseModel(str(folder), folder.resolve().name, digest, None)
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """SHA-256 of a model's safetensors file, or one that stands for several of them; None if there are none."""
+    digests = [_sha256(path) for path in sorted(folder.rglob("*.safetensors"))]
+    if len(digests) > 1:
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return digests[0] if digests else None
 
 
 def _sha256(path: Path) -> str:

@@ -23,7 +23,7 @@ from handler.digests import sha256
 from handler.engine import Engine
 from handler.errors import TooLarge
 from handler.messages import Request
-from training.base_model import BaseModel
+from training.base_model import BaseModel, weights_sha256
 from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,9 +122,7 @@ def provenance(
         "arguments": arguments,
         "data": {name: {"file": path.name, "sha256": sha256(path)} for name, path in files.items() if path.is_file()},
         "base_model": {"name": base.name, "sha256": base.sha256, "licence": base.licence},
-        "weights_sha256": {
-            path.relative_to(stage).as_posix(): sha256(path) for path in sorted(stage.rglob("*.safetensors"))
-        },
+        "weights_sha256": weights_sha256(stage),
         "code": {"commit": _commit(), "sha256": _code_digest()},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},

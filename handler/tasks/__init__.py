@@ -15,7 +15,10 @@ from handler.parameters import CommonParameters
 from handler.settings import Settings
 
 REGISTRY = {
+    "feature-extraction": "handler.tasks.feature_extraction:FeatureExtraction",
+    "sentence-similarity": "handler.tasks.sentence_similarity:SentenceSimilarity",
     "text-classification": "handler.tasks.text_classification:TextClassification",
+    "zero-shot-classification": "handler.tasks.zero_shot_classification:ZeroShotClassification",
 }
 
 Outputs = Mapping[str, NDArray[np.float32]]
@@ -70,6 +73,18 @@ class Task(ABC):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """How samples are measured before any time is spent on them.
+
+    what: e.g. "text"; unit: what `Inputs.size` counts, e.g. "characters"; limit: the setting that bounds it.
+    """
+
+    what: str
+    unit: str
+    limit: str
+
+
 class EncoderTask(Task):
     """A task that needs one forward pass for each row. Runs on every backend.
 
@@ -78,7 +93,12 @@ class EncoderTask(Task):
 
     auto_model: ClassVar[str]
     output_names: ClassVar[tuple[str, ...]] = ("logits",)
+    measure: ClassVar[Measure] = Measure("text", "characters", "max_characters")
     inputs: Inputs[Any]
+
+    def kind(self, row: Any) -> int:
+        """What all rows of a micro-batch must have in common: for models to which padding is not just padding."""
+        return 0
 
     def keep(self, row: Any, outputs: Outputs) -> Outputs:
         """What `postprocess` needs of one row's outputs: the place to let go of large arrays early."""

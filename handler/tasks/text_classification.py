@@ -1,4 +1,4 @@
-"""Text classification: one score per label for each text."""
+"""Text classification: one score per label for each text or pair of texts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from handler.errors import InternalError
-from handler.inputs.text import TextInputs, read_text
+from handler.errors import InternalError, InvalidInput, InvalidParameter
+from handler.inputs.text import Text, TextInputs, read_text
 from handler.parameters import CommonParameters, at_least
 from handler.settings import Settings
 from handler.tasks import EncoderTask, Part, largest_difference
@@ -19,14 +19,22 @@ Activation = Literal["softmax", "sigmoid", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextClassificationParameters(CommonParameters):
-    """top_k: keep the k most probable labels (None: all). function_to_apply: instead of the model's own activation."""
+    """top_k: keep the k most probable labels (None: all). function_to_apply: instead of the model's own activation.
+
+    threshold: keep the labels with at least this score; "learned": each label by the threshold that training found
+    for it. Absent, all labels are answered, as the pipeline of transformers does.
+    """
 
     top_k: int | None = at_least(1)
     function_to_apply: Activation | None = None
+    threshold: Literal["learned"] | float | None = None
 
 
 class TextClassification(EncoderTask):
-    """Activation follows the model: softmax for single-label, sigmoid for multi-label, none for regression."""
+    """Activation follows the model: softmax for single-label, sigmoid for multi-label, none for regression.
+
+    Options of the archive: `thresholds`, a score by label; multi-label training writes it.
+    """
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     Parameters: ClassVar[type[CommonParameters]] = TextClassificationParameters
@@ -40,33 +48,58 @@ class TextClassification(EncoderTask):
             self._activation = "none"
         elif config.get("problem_type") == "multi_label_classification":
             self._activation = "sigmoid"
+        self._thresholds = _thresholds(settings.options.get("thresholds"), self._labels)
 
-    def read(self, value: Any, parameters: Any) -> Sequence[str]:
-        """The text of an input: a string, or an object `{"text": …}`."""
-        text = value.get("text") if isinstance(value, dict) and set(value) == {"text"} else value
-        return [read_text(text, 'a string or {"text": string}')]
+    def read(self, value: Any, parameters: Any) -> Sequence[Text]:
+        """A string, `{"text": …}`, or a pair `{"text": …, "text_pair": …}`."""
+        if parameters.threshold == "learned" and self._thresholds is None:
+            raise InvalidParameter('this model has no learned thresholds; send a number as "threshold"')
+        expected = 'a string, {"text": string} or {"text": string, "text_pair": string}'
+        if not isinstance(value, dict):
+            return [read_text(value, expected)]
+        if set(value) == {"text"}:
+            return [read_text(value["text"], expected)]
+        if set(value) == {"text", "text_pair"}:
+            return [(read_text(value["text"], expected), read_text(value["text_pair"], expected))]
+        raise InvalidInput(f"an input must be {expected}")
 
     def postprocess(self, parts: Sequence[Part], parameters: Any) -> list[dict[str, Any]]:
-        """Averages the windows' logits by their share of the text, then applies the activation."""
+        """Scores of the labels, highest first."""
         [part] = parts
-        logits = [output["logits"] for output in part.outputs]
-        values = logits[0] if len(logits) == 1 else part.weights @ np.stack(logits)
-        scores = activate(finite(values), parameters.function_to_apply or self._activation)
-        order = np.argsort(-scores, kind="stable")[: parameters.top_k]
-        return [{"label": self._labels[index], "score": float(scores[index])} for index in order]
+        scores = activate(window_mean(part), parameters.function_to_apply or self._activation).tolist()
+        limits = self._limits(parameters.threshold)
+        chosen = [index for index, score in enumerate(scores) if limits is None or score >= limits[index]]
+        order = sorted(chosen, key=scores.__getitem__, reverse=True)[: parameters.top_k]
+        return [{"label": self._labels[index], "score": scores[index]} for index in order]
+
+    def _limits(self, threshold: float | str | None) -> Sequence[float] | None:
+        """The lowest score of each label that is answered, None for all scores."""
+        if isinstance(threshold, str):
+            return self._thresholds
+        return None if threshold is None else [threshold] * len(self._labels)
 
     @staticmethod
     def drift(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> float:
-        """Largest difference of a label's score; inf if the labels differ."""
-        return largest_difference(
-            {entry["label"]: entry["score"] for entry in expected}, {entry["label"]: entry["score"] for entry in found}
-        )
+        """Largest difference of a label's score, relative to it where it is above 1; inf if the labels differ."""
+        before, after = ({entry["label"]: entry["score"] for entry in entries} for entries in (expected, found))
+        # Only a regression's values are above 1: they have a scale of their own.
+        scale = max(1.0, *(abs(score) for score in before.values())) if before else 1.0
+        return largest_difference(before, after) / scale
 
 
 def label_names(config: Mapping[str, Any]) -> list[str]:
     """Label names in class order, from a model's `config.json`."""
     names = {int(index): str(name) for index, name in config["id2label"].items()}
     return [names[index] for index in range(len(names))]
+
+
+def window_mean(part: Part) -> NDArray[np.float64]:
+    """Logits [labels] of a text: the mean of its windows' by their share of the text.
+
+    Raises InternalError if one is not a finite number.
+    """
+    logits = [output["logits"] for output in part.outputs]
+    return finite(logits[0] if len(logits) == 1 else part.weights @ np.stack(logits))
 
 
 def finite(values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -84,3 +117,13 @@ def activate(logits: NDArray[np.float64], function: Activation) -> NDArray[np.fl
     if function == "sigmoid":
         return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -700, 700))))
     return logits
+
+
+def _thresholds(option: Any, labels: Sequence[str]) -> list[float] | None:
+    """The archive's thresholds in class order. Raises ValueError if they do not fit its labels."""
+    if option is None:
+        return None
+    if not isinstance(option, dict) or sorted(map(str, option)) != sorted(labels):
+        raise ValueError("options.thresholds must give one number for each of the model's labels")
+    by_label = {str(label): float(value) for label, value in option.items()}
+    return [by_label[label] for label in labels]
