@@ -16,8 +16,11 @@ from handler.settings import Settings
 
 REGISTRY = {
     "feature-extraction": "handler.tasks.feature_extraction:FeatureExtraction",
+    "image-classification": "handler.tasks.image_classification:ImageClassification",
+    "question-answering": "handler.tasks.question_answering:QuestionAnswering",
     "sentence-similarity": "handler.tasks.sentence_similarity:SentenceSimilarity",
     "text-classification": "handler.tasks.text_classification:TextClassification",
+    "token-classification": "handler.tasks.token_classification:TokenClassification",
     "zero-shot-classification": "handler.tasks.zero_shot_classification:ZeroShotClassification",
 }
 
