@@ -22,6 +22,8 @@ class Settings:
     max_windows: a text that needs more is refused (413).
     max_inputs: inputs of one request; more are refused (413).
     max_characters: a text, or all texts of a request, with more are refused (413) before any time is spent on them.
+    max_pixels: an image, or all images of a request, that have more are refused (413) before they are decoded.
+    max_seconds: a sound, or all sounds of a request, that last longer are refused (413).
     max_tokens: tokens of one request that may go through the model, windows counted apart; more are refused (413).
     token_budget: tokens of one micro-batch, padding included.
     max_response_bytes: a longer answer is refused (413); stays below TorchServe's `max_response_size`.
@@ -39,6 +41,8 @@ class Settings:
     max_windows: int = 64
     max_inputs: int = 1024
     max_characters: int = 1_000_000
+    max_pixels: int = 50_000_000
+    max_seconds: float = 600.0
     max_tokens: int = 32_768
     token_budget: int = 4096
     max_response_bytes: int = 6_000_000

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ CONFIG_FILE = "preprocessor_config.json"
 _FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
 # More than a JPEG or a GIF can have; Pillow is slow with rows or columns of millions of pixels.
 _MAX_SIDE = 65_535
+# Where the shorter side is resized to what the model takes, the longer one grows with it.
+_MAX_ASPECT = 100
 # Each scan of a progressive JPEG is a pass over the whole image, and some 80 bytes are enough for one.
 _MAX_SCANS = 64
 # Positions are counted in squares of this side where the model has no patches of its own.
@@ -36,7 +39,10 @@ _CONVNEXT, _CONVNEXT_WARPS = "ConvNext", 384
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image that has not been decoded yet; `pixels`: what its header says it has."""
+    """An image that has not been decoded yet.
+
+    pixels: those that its header says it has, or those of what becomes of it if they are more.
+    """
 
     content: bytes
     pixels: int
@@ -59,7 +65,7 @@ class ImageInputs:
     Raises ValueError if the model's image processor is not one whose results are reproduced here.
     """
 
-    def __init__(self, model_dir: Path, config: Mapping[str, Any], max_pixels: int) -> None:
+    def __init__(self, model_dir: Path, config: Mapping[str, Any]) -> None:
         channels = int(config.get("num_channels", 3))
         self.processor = ImageProcessor.load(model_dir, channels)
         height, width = self.processor.size
@@ -67,31 +73,27 @@ class ImageInputs:
         patch = config.get("patch_size") or _PATCH
         down, across = (patch, patch) if isinstance(patch, int) else patch
         self._patches = (height // down) * (width // across) + 1
-        self._max_pixels = max_pixels
 
     def read(self, value: Any) -> ImageFile:
-        """One input of a request (see `media.read_bytes`), checked as far as that goes without decoding it.
+        """One input of a request (see `media.read_bytes`), of which the header alone is read.
 
-        Raises RequestError: 415 for what is not PNG, JPEG, WebP or GIF, 400 for a broken header, 413 for an image of
-        too many pixels, before or after it is resized.
+        Raises RequestError: 415 for what is not PNG, JPEG, WebP or GIF, 400 for a broken header, 413 for sides that
+        are too long or too unequal.
         """
         content = media.read_bytes(value, "image")
         with _reading(), _opened(content) as image:
             width, height = image.size
         if not width or not height:
             raise UnreadableRequest("the image has no pixels")
-        pixels = width * height
-        if pixels > self._max_pixels:
-            raise TooLarge(f"the image has {pixels} pixels, at most {self._max_pixels} are taken; scale it down")
+        longer = max(width, height)
+        if longer > _MAX_SIDE or longer > _MAX_ASPECT * min(width, height):
+            raise TooLarge(f"the image is {width} x {height}: a side is too long, or they are too unequal; crop it")
         across, down = self.processor.resized(width, height)
-        if max(width, height) > _MAX_SIDE or across * down > self._max_pixels:
-            raise TooLarge(f"the image is {width} x {height}: its sides are too unequal; crop it first")
-        return ImageFile(content, pixels)
+        return ImageFile(content, max(width * height, across * down, math.prod(self.processor.size)))
 
     def size(self, sample: ImageFile) -> int:
-        """Pixels that it takes memory and time to make: those of the image, or those the model is given."""
-        _, _, height, width = self.shapes["pixel_values"]
-        return max(sample.pixels, height * width)
+        """Pixels, known before the image is decoded."""
+        return sample.pixels
 
     def encode(self, samples: Sequence[ImageFile]) -> list[Encoded | RequestError]:
         """Decodes each image and makes one row of it."""

@@ -43,11 +43,7 @@ class TextClassification(EncoderTask):
     def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:
         self.inputs = TextInputs(model_dir, config, settings.max_length, settings.stride)
         self._labels = label_names(config)
-        self._activation: Activation = "softmax" if len(self._labels) > 1 else "sigmoid"
-        if config.get("problem_type") == "regression":
-            self._activation = "none"
-        elif config.get("problem_type") == "multi_label_classification":
-            self._activation = "sigmoid"
+        self._activation = own_activation(config)
         self._thresholds = _thresholds(settings.options.get("thresholds"), self._labels)
 
     def read(self, value: Any, parameters: Any) -> Sequence[Text]:
@@ -91,6 +87,15 @@ def label_names(config: Mapping[str, Any]) -> list[str]:
     """Label names in class order, from a model's `config.json`."""
     names = {int(index): str(name) for index, name in config["id2label"].items()}
     return [names[index] for index in range(len(names))]
+
+
+def own_activation(config: Mapping[str, Any]) -> Activation:
+    """How a model's logits become scores, from its `config.json`."""
+    if config.get("problem_type") == "regression":
+        return "none"
+    if config.get("problem_type") == "multi_label_classification" or len(config["id2label"]) == 1:
+        return "sigmoid"
+    return "softmax"
 
 
 def window_mean(part: Part) -> NDArray[np.float64]:

@@ -1,0 +1,20 @@
+"""Image classification: one score per label for each PNG, JPEG, WebP or GIF."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from handler.inputs.images import ImageInputs
+from handler.settings import Settings
+from handler.tasks import Measure
+from handler.tasks.media_classification import MediaClassification
+
+
+class ImageClassification(MediaClassification):
+    """See `MediaClassification`; images are prepared as the model's `preprocessor_config.json` says."""
+
+    auto_model: ClassVar[str] = "AutoModelForImageClassification"
+    measure: ClassVar[Measure] = Measure("image", "pixels", "max_pixels")
+
+    def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:
+        super().__init__(ImageInputs(model_dir, config), config)
