@@ -6,19 +6,19 @@ result.predictions[0]  # [{"label": "positive", "score": 0.97}, …]
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from handler import backends, tasks
 from handler.batching import micro_batches
-from handler.errors import InvalidInput, Overloaded, RequestError, TooLarge
+from handler.errors import InvalidInput, NotSupported, Overloaded, RequestError, TooLarge
 from handler.inputs import Encoded
-from handler.messages import Request, Result, Usage
+from handler.messages import Piece, Request, Result, Usage
 from handler.parameters import parse
 from handler.settings import Settings
-from handler.tasks import Answer, EncoderTask, GenerativeTask, Outputs, Part
+from handler.tasks import Answer, EncoderTask, GenerativeTask, Outputs, Part, StreamingTask
 
 # A batch may hold as much work as this many requests of the largest size.
 _BATCH_SHARE = 4
@@ -68,11 +68,45 @@ class Engine:
             self._encode(self.task, jobs)
             self._run(self.task, _open_items(jobs))
         elif isinstance(self.task, GenerativeTask):
+            self._ration_texts(self.task, jobs)
             _generate(self.task, _open_items(jobs))
-        return [_close(job) if isinstance(job, list) else job for job in jobs]
+        return [_outcome(job) for job in jobs]
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Piece | Result | RequestError]]]:
+        """Answers requests as `predict` does, but yields step by step what there is to say, by place in `requests`.
+
+        A request that wants a stream has pieces, up to the last, or an error in place of the next one; the others
+        have their outcome as soon as it is there.
+        """
+        if not isinstance(self.task, StreamingTask):
+            yield list(enumerate(self.predict(requests)))
+            return
+        jobs = [self._open(request) for request in requests]
+        self._ration_texts(self.task, jobs)
+        yield [(index, _outcome(job)) for index, job in enumerate(jobs) if not _open_items([job])]
+        items = [(index, item) for index, job in enumerate(jobs) for item in _open_items([job])]
+        asked = [(item.samples, item.parameters) for _, item in items]
+        for step in self.task.stream(asked, [requests[index].stream for index, _ in items]) if items else ():
+            said: list[tuple[int, Piece | Result | RequestError]] = []
+            for place, found in step:
+                index, item = items[place]
+                if isinstance(found, Piece):
+                    said.append((index, found))
+                    continue
+                _settle(item, found)
+                if not _open_items([jobs[index]]):
+                    said.append((index, _outcome(jobs[index])))
+            yield said
+
+    def _ration_texts(self, task: GenerativeTask, jobs: list[list[_Item] | RequestError]) -> None:
+        _ration(jobs, lambda item: sum(map(task.size, item.samples)), self.settings.max_characters, "characters")
 
     def _open(self, request: Request) -> list[_Item] | RequestError:
         try:
+            if request.stream and not isinstance(self.task, StreamingTask):
+                raise NotSupported('this model does not stream its answers; leave out "stream"')
+            if request.stream and len(request.inputs) != 1:
+                raise InvalidInput("a stream answers one input; send one request for each")
             parameters = parse(self.task.Parameters, request.parameters)
             if not request.inputs:
                 raise InvalidInput("there is nothing to answer: the list of inputs is empty")
@@ -177,10 +211,15 @@ def _generate(task: GenerativeTask, items: Sequence[_Item]) -> None:
     """Has a generative task answer all items."""
     outcomes = task.generate([(item.samples, item.parameters) for item in items]) if items else []
     for item, outcome in zip(items, outcomes, strict=True):
-        if isinstance(outcome, Answer):
-            item.tokens, item.truncated = outcome.tokens, outcome.truncated
-            outcome = outcome.prediction
+        _settle(item, outcome)
+
+
+def _settle(item: _Item, outcome: Answer | RequestError) -> None:
+    """Writes what a generative task found for an item."""
+    if isinstance(outcome, RequestError):
         item.outcome = outcome
+    else:
+        item.tokens, item.truncated, item.outcome = outcome.tokens, outcome.truncated, outcome.prediction
 
 
 def _open_items(jobs: Sequence[list[_Item] | RequestError]) -> list[_Item]:
@@ -207,8 +246,10 @@ def _ration(jobs: list[list[_Item] | RequestError], cost: Callable[[_Item], int]
             spent += needed
 
 
-def _close(items: Sequence[_Item]) -> Result | RequestError:
+def _outcome(items: Sequence[_Item] | RequestError) -> Result | RequestError:
     """One result per request; a request all of whose inputs failed is the first of their errors."""
+    if isinstance(items, RequestError):
+        return items
     outcomes = [item.outcome for item in items]
     errors = [outcome for outcome in outcomes if isinstance(outcome, RequestError)]
     if len(errors) == len(outcomes) and errors:

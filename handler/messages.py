@@ -13,12 +13,13 @@ class Request:
     """One request: one or more inputs that share their parameters.
 
     `many` tells whether the client sent a list: the answer to a list is a list, also when it has one entry.
-    `parameters` are as the client sent them, not yet checked.
+    `parameters` are as the client sent them, not yet checked. `stream`: the answer is wanted piece by piece.
     """
 
     inputs: Sequence[Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     many: bool = False
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,15 @@ class Result:
     predictions: Sequence[Any | RequestError]
     usage: Usage
     details: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer that is streamed, as a JSON value. `usage` is that of the whole; `last`: none follows."""
+
+    value: Any
+    usage: Usage
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ Spec: the `spec/` folders of huggingface.js, packages/tasks; the client side is 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from handler.errors import InvalidInput, RequestError
+from handler.errors import InvalidInput, InvalidParameter, RequestError
 from handler.formats import fields
 from handler.messages import Model, Request, Result
+from handler.parameters import shown
 
 # `options` steers the hub's own caches and queues; clients send it out of habit and it changes no answer.
-_FIELDS = ("inputs", "parameters", "options")
+_FIELDS = ("inputs", "parameters", "options", "stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class HuggingFaceReply:
             predictions = predictions[0]
         if not result.details:
             return predictions
+        if isinstance(predictions, dict) and "details" in predictions:  # text generation, which has them in place
+            return {**predictions, **details(result, model)}
         return {"predictions": predictions, **details(result, model)}
 
     def error(self, error: RequestError, model: Model) -> Any:
@@ -41,10 +44,13 @@ def decode(value: Any) -> tuple[Request, HuggingFaceReply]:
         if "inputs" not in value:
             raise InvalidInput('the body has no "inputs"; send JSON such as {"inputs": "a text"}')
         inputs, parameters = value["inputs"], fields.parameters(value)
+        stream = value.get("stream") or False
     else:
-        inputs, parameters = value, {}
+        inputs, parameters, stream = value, {}, False
+    if not isinstance(stream, bool):
+        raise InvalidParameter(f'"stream" must be true or false, not {shown(stream)}')
     many = isinstance(inputs, list)
-    return Request(inputs if many else [inputs], parameters, many), HuggingFaceReply(many)
+    return Request(inputs if many else [inputs], parameters, many, stream), HuggingFaceReply(many)
 
 
 def listed(result: Result) -> list[Any]:

@@ -1,7 +1,7 @@
 """Tasks: what is asked of a model and what it answers. One file per task, one line in the registry."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -118,12 +118,35 @@ class EncoderTask(Task):
 class GenerativeTask(Task):
     """A task whose answer takes many passes. It owns its model, and runs on torch."""
 
+    def size(self, sample: Any) -> int:
+        """Characters of a text, 0 for anything else: what is rationed before any time is spent on a request."""
+        return len(sample) if isinstance(sample, str) else 0
+
     @abstractmethod
     def generate(self, requests: Sequence[tuple[Sequence[Any], Any]]) -> list[Any]:
         """Answers inputs, each as (its samples, its parameters), in order.
 
         Returns an `Answer` or a RequestError for each.
         """
+
+
+class StreamingTask(GenerativeTask):
+    """A generative task that can hand out its answers piece by piece."""
+
+    @abstractmethod
+    def stream(
+        self, requests: Sequence[tuple[Sequence[Any], Any]], streamed: Sequence[bool]
+    ) -> Iterator[list[tuple[int, Any]]]:
+        """Answers inputs as `generate` does, and yields at each step what there is to say, by place in `requests`.
+
+        That is an `Answer` or a RequestError, once, for each input; for one that is `streamed` it is `Piece`s, up to
+        the last, in place of the `Answer`.
+        """
+
+    def generate(self, requests: Sequence[tuple[Sequence[Any], Any]]) -> list[Any]:
+        """See GenerativeTask."""
+        found = dict(outcome for step in self.stream(requests, [False] * len(requests)) for outcome in step)
+        return [found[index] for index in range(len(requests))]
 
 
 @dataclass(frozen=True, slots=True)
