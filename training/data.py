@@ -5,10 +5,12 @@ import json
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 from datasets import ClassLabel, Dataset
 
@@ -145,6 +147,23 @@ def check_texts_and_labels(data: Dataset, path: Path, *, skip_bad_rows: bool) ->
         labels = labels.astype(int)
     frame["label"] = labels.map(lambda value: str(value).strip())
     return Dataset.from_pandas(frame[["text", "label"]], preserve_index=False), int(bad.sum())
+
+
+def good_rows(
+    data: Dataset, path: Path, problem: Callable[[Any], str | None], *, skip_bad_rows: bool
+) -> tuple[Dataset, int]:
+    """The rows without a problem, and how many were left out. problem: what is wrong with a row, None if nothing is.
+
+    Raises UserError, naming the rows, if there are problems that are not to be skipped, or nothing is left.
+    """
+    problems = pd.Series([problem(row) for row in data], dtype=object)
+    if not skip_bad_rows:
+        for what in problems.dropna().unique():
+            _refuse(path, problems == what, what)
+    good = np.flatnonzero(problems.isna())
+    if len(good) == 0:
+        raise UserError(f"{path}: no row is left; the last one has {problems.iloc[-1]}")
+    return data.select(good), len(data) - len(good)
 
 
 def _refuse(path: Path, bad: "pd.Series[bool]", what: str) -> None:
