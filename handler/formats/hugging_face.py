@@ -13,6 +13,8 @@ from handler.parameters import shown
 
 # `options` steers the hub's own caches and queues; clients send it out of habit and it changes no answer.
 _FIELDS = ("inputs", "parameters", "options", "stream")
+# The parameters of feature extraction, which this API alone of all puts beside the inputs.
+_LOOSE_PARAMETERS = ("normalize", "prompt_name", "truncate", "truncation_direction", "dimensions", "encoding_format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,11 @@ class HuggingFaceReply:
 def decode(value: Any) -> tuple[Request, HuggingFaceReply]:
     """Reads a body. Raises RequestError if it is not one of this format."""
     if isinstance(value, dict):
-        fields.only(value, _FIELDS)
+        loose = {name: value[name] for name in _LOOSE_PARAMETERS if name in value}
+        fields.only({name: value[name] for name in value if name not in loose}, _FIELDS)
         if "inputs" not in value:
             raise InvalidInput('the body has no "inputs"; send JSON such as {"inputs": "a text"}')
-        inputs, parameters = value["inputs"], fields.parameters(value)
+        inputs, parameters = value["inputs"], {**loose, **fields.parameters(value)}
         stream = value.get("stream") or False
     else:
         inputs, parameters, stream = value, {}, False

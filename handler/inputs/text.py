@@ -15,7 +15,8 @@ from handler.inputs import Encoded
 Text = str | tuple[str, str]
 Truncation = Literal["longest_first", "only_first", "only_second"]
 
-_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+_NAMES = ("input_ids", "attention_mask")
+_TYPES = "token_type_ids"
 
 
 class TextInputs:
@@ -39,7 +40,9 @@ class TextInputs:
         self.tokenizer = Tokenizer.from_file(str(path))
         # A saved tokenizer may carry the padding of its last training run; batches are padded here.
         self.tokenizer.no_padding()
-        self.shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(_NAMES, (-1, -1))
+        # GPT-2 would take token types too, but as further tokens to add to the text's.
+        names = (*_NAMES, _TYPES) if config.get("type_vocab_size") else _NAMES
+        self.shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(names, (-1, -1))
         self._max_length, self._stride, self._truncation = max_length, stride, truncation
         self._pad_id = int(config.get("pad_token_id") or 0)
         self._truncate()
@@ -64,6 +67,9 @@ class TextInputs:
         lengths = dict(zip(long, self._lengths([samples[index] for index in long]), strict=True)) if long else {}
         encoded: list[Encoded | RequestError] = []
         for index, (sample, first) in enumerate(zip(samples, encodings, strict=True)):
+            if not len(first):
+                encoded.append(InvalidInput("the text is empty; this model needs at least one character"))
+                continue
             if index not in lengths:
                 encoded.append(Encoded([first], len(first)))
                 continue
@@ -75,21 +81,23 @@ class TextInputs:
     def collate(self, rows: Sequence[Encoding]) -> dict[str, NDArray[np.int64]]:
         """Pads rows to one length on the right.
 
-        Returns `input_ids`, `attention_mask` and `token_type_ids`, each int64 [batch, length], where length is a
-        multiple of 8 unless that would exceed `max_length`.
+        Returns `input_ids`, `attention_mask` and, for a model that has them, `token_type_ids`, each int64 [batch,
+        length], where length is a multiple of 8 unless that would exceed `max_length`.
         """
         length = min(padded(max(map(len, rows))), self._max_length)
         shape = (len(rows), length)
         arrays = {
             "input_ids": np.full(shape, self._pad_id, dtype=np.int64),
             "attention_mask": np.zeros(shape, dtype=np.int64),
-            "token_type_ids": np.zeros(shape, dtype=np.int64),
         }
+        if _TYPES in self.shapes:
+            arrays[_TYPES] = np.zeros(shape, dtype=np.int64)
         for index, row in enumerate(rows):
             n = len(row)
             arrays["input_ids"][index, :n] = row.ids
             arrays["attention_mask"][index, :n] = 1
-            arrays["token_type_ids"][index, :n] = row.type_ids
+            if _TYPES in arrays:
+                arrays[_TYPES][index, :n] = row.type_ids
         return arrays
 
     def _lengths(self, samples: Sequence[Text]) -> list[int]:
