@@ -14,7 +14,10 @@ from training.errors import UserError
 from training.options import Options, TrainerOptions
 
 REGISTRY = {
+    "image-classification": "training.tasks.image_classification:ImageClassification",
+    "question-answering": "training.tasks.question_answering:QuestionAnswering",
     "text-classification": "training.tasks.text_classification:TextClassification",
+    "token-classification": "training.tasks.token_classification:TokenClassification",
 }
 _GOLDEN_EXAMPLES = 12
 
