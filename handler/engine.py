@@ -126,24 +126,24 @@ class Engine:
 
     def _encode(self, task: EncoderTask, jobs: list[list[_Item] | RequestError]) -> None:
         """Encodes the samples of all items in one call and applies the limits and the overflow policy."""
-        limit = self.settings.max_characters
+        measure, limit = task.measure, getattr(self.settings, task.measure.limit)
         for item in _open_items(jobs):
             if (size := max(map(task.inputs.size, item.samples))) > limit:
-                item.outcome = TooLarge(f"the text has {size} characters; at most {limit} are taken")
-        _ration(jobs, lambda item: sum(map(task.inputs.size, item.samples)), limit, "characters")
+                item.outcome = TooLarge(f"the {measure.what} has {size} {measure.unit}; at most {limit} are taken")
+        _ration(jobs, lambda item: sum(map(task.inputs.size, item.samples)), limit, measure.unit)
         items = _open_items(jobs)
         samples = [sample for item in items for sample in item.samples]
         encoded = iter(task.inputs.encode(samples) if samples else [])
         for item in items:
             outcomes = [next(encoded) for _ in item.samples]
             try:
-                item.encoded = [self._admit(item, outcome) for outcome in outcomes]
+                item.encoded = [self._admit(item, outcome, measure.what) for outcome in outcomes]
             except RequestError as error:
                 item.outcome = error
         positions = self.settings.max_tokens
         _ration(jobs, lambda item: sum(len(r) for e in item.encoded for r in e.rows), positions, "tokens to run")
 
-    def _admit(self, item: _Item, encoded: Encoded | RequestError) -> Encoded:
+    def _admit(self, item: _Item, encoded: Encoded | RequestError, what: str) -> Encoded:
         """Applies the overflow policy. Raises RequestError where the sample is broken or the policy refuses it."""
         if isinstance(encoded, RequestError):
             raise encoded
@@ -153,7 +153,7 @@ class Engine:
         policy = item.parameters.overflow or self.settings.overflow
         if policy == "error":
             raise TooLarge(
-                f"the text has {encoded.tokens} tokens and the model takes {self.settings.max_length}; "
+                f"the {what} {_extent(encoded, self.settings.max_length)}; "
                 'shorten it, or send the parameter "overflow": "truncate" or "window"'
             )
         if policy == "truncate":
@@ -166,8 +166,8 @@ class Engine:
             )
         if len(encoded.rows) > self.settings.max_windows:
             raise TooLarge(
-                f"the text has {encoded.tokens} tokens in {len(encoded.rows)} windows and at most "
-                f"{self.settings.max_windows} windows are taken; split it into several inputs"
+                f"the {what} has {f'{encoded.tokens} tokens in ' if encoded.tokens else ''}{len(encoded.rows)} windows "
+                f"and at most {self.settings.max_windows} windows are taken; split it into several inputs"
             )
         return encoded
 
@@ -187,12 +187,19 @@ class Engine:
     def _forward(self, task: EncoderTask, rows: Sequence[Any]) -> list[Outputs]:
         """Each row's outputs, in the order of `rows`."""
         outputs: list[Outputs] = [{}] * len(rows)
-        for group in micro_batches([len(row) for row in rows], self.settings.token_budget):
+        kinds = [task.kind(row) for row in rows]
+        for group in micro_batches([len(row) for row in rows], self.settings.token_budget, kinds):
             found = self._backend(task.inputs.collate([rows[index] for index in group]))
             for position, index in enumerate(group):
                 row_outputs = {name: array[position] for name, array in found.items()}
                 outputs[index] = task.keep(rows[index], row_outputs)
         return outputs
+
+
+def _extent(encoded: Encoded, max_length: int) -> str:
+    if not encoded.tokens:
+        return "is longer than what the model takes at once"
+    return f"has {encoded.tokens} tokens and the model takes {max_length}"
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
@@ -227,18 +234,18 @@ def _open_items(jobs: Sequence[list[_Item] | RequestError]) -> list[_Item]:
     return [item for job in jobs if isinstance(job, list) for item in job if item.outcome is None]
 
 
-def _ration(jobs: list[list[_Item] | RequestError], cost: Callable[[_Item], int], most: int, unit: str) -> None:
+def _ration(jobs: list[list[_Item] | RequestError], cost: Callable[[_Item], float], most: float, unit: str) -> None:
     """Bounds the work of a batch, so that no request, and no number of them, keeps a worker past its response timeout.
 
     A request that costs more than `most` is refused for good (413). Of the others, those that would take the batch
     over four times as much are to be sent again (503).
     """
-    spent = 0
+    spent = 0.0
     for index, job in enumerate(jobs):
         needed = sum(map(cost, _open_items([job])))
         if needed > most:
             jobs[index] = TooLarge(
-                f"the request has {needed} {unit}; at most {most} are taken: send fewer inputs at once"
+                f"the request has {round(needed, 2)} {unit}; at most {most} are taken: send fewer inputs at once"
             )
         elif spent + needed > most * _BATCH_SHARE:
             jobs[index] = Overloaded("the server is busy with other large requests; send this one again in a moment")

@@ -41,8 +41,8 @@ class Inputs(Protocol[Sample]):
 
     shapes: Mapping[str, tuple[int, ...]]
 
-    def size(self, sample: Sample) -> int:
-        """Characters of a text sample, 0 for media: what is rationed before any time is spent on a request."""
+    def size(self, sample: Sample) -> float:
+        """Characters, pixels or seconds: what is rationed before any time is spent on a request."""
         ...
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded | RequestError]:
