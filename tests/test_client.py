@@ -881,6 +881,32 @@ def test_predict_of_another_task_is_printed_as_it_is(marble: Marble, backend: Ba
     assert marble("predict", "sentiment", "a")[:2] == (0, "[[0.25, 0.5]]\n")
 
 
+def test_predict_sends_files_as_base64(marble: Marble, backend: Backend, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\xff")
+    code, out, _ = marble("predict", "sentiment", "--file", str(tmp_path / "a.png"))
+    assert (code, json.loads(out)) == (0, LABELS)
+    assert backend.requests[0].json["inputs"] == "iVBOR/8="
+
+
+def test_predict_sends_json_and_parameters(marble: Marble, backend: Backend) -> None:
+    backend.script = [answers({"answer": "Ann"})]
+    options = ["-p", "top_k=2", "--parameter", "mode=fast", "-p", 'stop=["a=b"]']
+    code, out, _ = marble("predict", "sentiment", "--json", '{"question": "who?", "context": "Ann"}', *options)
+    assert (code, json.loads(out)) == (0, {"answer": "Ann"})
+    parameters = {"top_k": 2, "mode": "fast", "stop": ["a=b"], "details": True}
+    assert backend.requests[0].json == {"inputs": {"question": "who?", "context": "Ann"}, "parameters": parameters}
+
+
+def test_predict_writes_media_to_a_file(marble: Marble, backend: Backend, tmp_path: Path) -> None:
+    backend.script = [answers("iVBOR/8="), answers(LABELS)]
+    place = str(tmp_path / "a.png")
+    assert marble("predict", "sentiment", "seven", "--output", place) == (0, "", "")
+    assert Path(place).read_bytes() == b"\x89PNG\xff"
+    code, _, err = marble("predict", "sentiment", "seven", "--output", place)
+    assert (code, "does not answer with an image" in err) == (2, True)
+    assert Path(place).read_bytes() == b"\x89PNG\xff"
+
+
 def test_predict_notes_a_truncated_text(marble: Marble, backend: Backend) -> None:
     backend.script = [answers([LABELS], truncated=True)]
     code, out, err = marble("predict", "sentiment", "long")
@@ -941,6 +967,11 @@ def test_a_refused_token_says_where_tokens_were_sought(marble: Marble, backend: 
         ["predict", "sentiment", "x", "--overflow", "guess"],
         ["predict", "sentiment", "x", "--top-k", "many"],
         ["predict", "../models", "x"],
+        ["predict", "sentiment", "x", "--file", "y.png"],
+        ["predict", "sentiment", "--file", "/nowhere/y.png"],
+        ["predict", "sentiment", "x", "--json"],
+        ["predict", "sentiment", "x", "-p", "top_k"],
+        ["predict", "sentiment", "x", "y", "--output", "z.wav"],
         ["predict", "sentiment", "x", "--timeout", "0"],
         ["predict", "sentiment", "x", "--token", "two words"],
         ["predict", "sentiment", "x", "--url", "ftp://x"],

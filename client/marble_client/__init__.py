@@ -6,7 +6,7 @@
 
 from typing import TYPE_CHECKING
 
-from marble_client.answer import Answer, ItemError, Json, Label, ModelInfo, ServedModel, Usage
+from marble_client.answer import Answer, Input, ItemError, Json, Label, ModelInfo, ServedModel, Usage
 from marble_client.client import Client
 from marble_client.errors import (
     BadRequest,
@@ -37,6 +37,7 @@ __all__ = [
     "Client",
     "ConnectionFailed",
     "GrpcClient",
+    "Input",
     "InvalidParameter",
     "ItemError",
     "Json",

@@ -6,6 +6,9 @@ from typing import Generic, TypeAlias, TypeVar
 
 Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
 
+# What can be sent: JSON, with images and sounds as bytes.
+Input: TypeAlias = Json | bytes | Sequence["Input"] | Mapping[str, "Input"]
+
 P = TypeVar("P")
 
 

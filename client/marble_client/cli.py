@@ -5,14 +5,16 @@ Exit codes: 0 done; 1 the server said no, or is not ready; 2 wrong usage; 3 the 
 """
 
 import argparse
+import base64
 import io
 import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
-from marble_client.answer import Json, ServedModel
+from marble_client.answer import Input, Json, ServedModel
 from marble_client.client import Client
 from marble_client.errors import (
     ConnectionFailed,
@@ -70,19 +72,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(args: argparse.Namespace, client: Client) -> int:
-    texts = _texts(args.text)
+    inputs = _inputs(args)
     given = {"top_k": args.top_k, "function_to_apply": args.function_to_apply, "overflow": args.overflow}
     parameters: dict[str, Json] = {name: value for name, value in given.items() if value is not None}
-    single = len(texts) == 1
-    answer = client.predict(args.name, texts[0] if single else texts, parameters, version=args.model_version)
+    parameters |= dict(args.parameter)
+    single = len(inputs) == 1
+    if args.output is not None and not single:
+        raise ValueError("--output takes the answer to one input, not to several")
+    answer = client.predict(args.name, inputs[0] if single else inputs, parameters, version=args.model_version)
     predictions = _unnest(answer.predictions) if single else answer.predictions
+    if args.output is not None:
+        content = _media(predictions)
+        try:
+            args.output.write_bytes(content)
+        except OSError as error:
+            raise ValueError(f"--output {args.output}: {error.strerror}") from None
+        return OK
     shown = {**asdict(answer), "predictions": predictions} if args.details else predictions
     print(json.dumps(shown, ensure_ascii=False))
     if answer.usage.truncated:
         _say("text was cut to fit the model; --overflow window reads all of it, --overflow error refuses it")
     failed = sum(map(is_item_error, predictions)) if isinstance(predictions, list) else 0
     if failed:
-        _say(f"{failed} of {len(texts)} texts failed")
+        _say(f"{failed} of {len(inputs)} inputs failed")
         return REFUSED
     return OK
 
@@ -141,6 +153,46 @@ def _connect(args: argparse.Namespace, tokens: Tokens) -> Client:
     return RestClient(args.url, args.management_url, tokens.inference, tokens.management, args.timeout)
 
 
+def _inputs(args: argparse.Namespace) -> list[Input]:
+    """What to predict for: files, texts, or JSON values."""
+    if bool(args.text) == bool(args.file):
+        raise ValueError("give either texts or --file, and at least one of them")
+    if args.file:
+        try:
+            return [path.read_bytes() for path in args.file]
+        except OSError as error:
+            raise ValueError(f"--file {error.filename}: {error.strerror}") from None
+    texts = _texts(args.text)
+    return [_json(text) for text in texts] if args.json else list(texts)
+
+
+def _json(text: str) -> Json:
+    try:
+        value: Json = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--json: this is not JSON: {text[:60]!r} ({error})") from None
+    return value
+
+
+def _parameter(text: str) -> tuple[str, Json]:
+    """NAME=VALUE, where a VALUE that is not JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, e.g. max_new_tokens=40")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _media(prediction: Json) -> bytes:
+    """The image or sound that a model answered with."""
+    try:
+        return base64.b64decode(prediction if isinstance(prediction, str) else "-", validate=True)
+    except ValueError:
+        raise ValueError("--output: this model does not answer with an image or a sound; leave --output out") from None
+
+
 def _texts(given: list[str]) -> list[str]:
     """The texts given, each '-' replaced by the lines of standard input."""
     texts: list[str] = []
@@ -189,17 +241,25 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict",
         parents=[server],
-        help="predict for one text or several",
-        description="Print predictions as JSON: the result for one text, a list of results for several.",
+        help="predict for one input or several",
+        description="Print predictions as JSON: the result for one input, a list of results for several.",
         epilog="examples:\n"
         "  marble predict sentiment 'what a film' --top-k 1\n"
         "  marble predict sentiment - --grpc --details < texts.txt\n"
-        "  marble predict sentiment -- '-5 degrees, and rain'",
+        "  marble predict sentiment -- '-5 degrees, and rain'\n"
+        "  marble predict digits --file seven.png\n"
+        '  marble predict qa --json \'{"question": "Who came?", "context": "Ann came late."}\'\n'
+        "  marble predict poet 'O Romeo' -p max_new_tokens=40 -p do_sample=true\n"
+        "  marble predict voice 'good morning' --output morning.wav",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = predict.add_argument
     add("name", metavar="NAME", help="the model")
-    add("text", metavar="TEXT", nargs="+", help="a text, or - for one text per line of standard input")
+    add("text", metavar="TEXT", nargs="*", help="a text, or - for one text per line of standard input")
+    add("--file", metavar="FILE", type=Path, action="append", help="an image or a sound, instead of texts")
+    add("--json", action="store_true", help='the texts are JSON, e.g. {"question": "…", "context": "…"}')
+    add("--parameter", "-p", metavar="NAME=VALUE", type=_parameter, action="append", default=[], help="of the task")
+    add("--output", metavar="FILE", type=Path, help="where to write the image or sound that the model answers with")
     add("--details", action="store_true", help="print usage and the model's identity too")
     add("--top-k", metavar="N", type=int, help="how many labels")
     add("--function-to-apply", choices=["softmax", "sigmoid", "none"], help="how to score")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Literal, Protocol, Self, overload
 
-from marble_client.answer import Answer, ItemError, Json, Label, ServedModel
+from marble_client.answer import Answer, Input, ItemError, Json, Label, ServedModel
 from marble_client.errors import BadResponse, NotFound, error_for
 from marble_client.retry import Deadline, with_retries
 from marble_client.wire import (
@@ -33,13 +33,16 @@ class Client(Protocol):
     def predict(
         self,
         model: str,
-        inputs: Json,
+        inputs: Input,
         parameters: Mapping[str, Json] | None = None,
         *,
         version: str | None = None,
         timeout: float | None = None,
     ) -> Answer[Json]:
-        """Predict for `inputs`, in the Hugging Face Inference API's shapes; a list gives a list."""
+        """Predict for `inputs`, in the Hugging Face Inference API's shapes; a list gives a list.
+
+        Images and sounds are sent as `bytes`; those that a model answers with come as base64 strings.
+        """
 
     @abstractmethod
     def ready(self, model: str, version: str | None = None) -> bool:
@@ -140,7 +143,7 @@ class TransportClient(Client):
     def predict(
         self,
         model: str,
-        inputs: Json,
+        inputs: Input,
         parameters: Mapping[str, Json] | None = None,
         *,
         version: str | None = None,

@@ -1,11 +1,12 @@
 """The JSON that travels, to and from values. Strict both ways: what is malformed is refused, not guessed."""
 
+import base64
 import json
 import re
 from collections.abc import Mapping
 from typing import NoReturn, TypeVar
 
-from marble_client.answer import Answer, ItemError, Json, Label, ModelInfo, ServedModel, Usage
+from marble_client.answer import Answer, Input, ItemError, Json, Label, ModelInfo, ServedModel, Usage
 from marble_client.errors import BadResponse, MarbleError, error_for
 
 T = TypeVar("T")
@@ -21,11 +22,17 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def encode_request(inputs: Json, parameters: Mapping[str, Json] | None) -> bytes:
-    """A request's body. Raises ValueError or TypeError for what JSON cannot say, NaN included."""
+def encode_request(inputs: Input, parameters: Mapping[str, Json] | None) -> bytes:
+    """A request's body, bytes as base64. Raises ValueError or TypeError for what JSON cannot say, NaN included."""
     request = {"inputs": inputs, "parameters": {**(parameters or {}), "details": True}}
     # ASCII keeps lone surrogates, which UTF-8 cannot carry, as escapes.
-    return json.dumps(request, ensure_ascii=True, allow_nan=False).encode("ascii")
+    return json.dumps(request, ensure_ascii=True, allow_nan=False, default=_base64).encode("ascii")
+
+
+def _base64(value: object) -> str:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    raise TypeError(f"a value of type {type(value).__name__} cannot be sent")
 
 
 def decode_answer(body: bytes) -> Answer[Json]:
