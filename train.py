@@ -42,7 +42,7 @@ def main() -> None:
     checkpoints = place.with_name(f"{place.name}.checkpoints")
     arguments.output_dir = str(checkpoints)
     resumed = checkpoint_to_resume(arguments, checkpoints)
-    base = base_model.resolve(options.base_model)
+    base = base_model.resolve(options.base_model, options.from_scratch)
     speak = partial(print, flush=True) if arguments.process_index == 0 else _silent
 
     transformers.set_seed(arguments.seed)
@@ -60,7 +60,7 @@ def main() -> None:
         extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
         with interrupted_between_steps():
             speak(
-                f"fine-tuning {base.name} for {extent}: "
+                f"{'training' if base.spec else 'fine-tuning'} {base.name} for {extent}: "
                 f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
                 f"{'bf16' if arguments.bf16 else 'fp32'}, {torch.get_num_threads()} threads, "
                 + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "options")
@@ -134,6 +134,8 @@ def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
     options, arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"unknown arguments: {' '.join(unknown)}; train.py --help lists those there are")
+    if options.from_scratch is not None and options.train_file is None:
+        raise UserError("--from-scratch needs a --train-file: there is nothing to bundle in a model that knows nothing")
     if not 0 < options.validation_share < 1:
         raise UserError(f"--validation-share {options.validation_share}: give a share between 0 and 1, e.g. 0.1")
     if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:

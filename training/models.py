@@ -1,6 +1,6 @@
 """Loads what training starts from, with errors that name the option to change."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,17 +8,27 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from training import scratch
 from training.base_model import BaseModel
 from training.errors import UserError
 
 
-def load(base: BaseModel, auto_model: Any, purpose: str, **config_changes: Any) -> PreTrainedModel:
-    """A pretrained model with a fresh head where its own does not fit.
+def load(
+    base: BaseModel, auto_model: Any, purpose: str, processor: Any = None, /, **config_changes: Any
+) -> PreTrainedModel:
+    """A pretrained model with a fresh head where its own does not fit, or a model from scratch.
 
     auto_model: e.g. `AutoModelForSequenceClassification`. purpose: what it shall be, for messages, e.g. "a text
-    classifier". config_changes: entries of the model's config. Raises UserError if it cannot be loaded.
+    classifier". processor: its tokenizer, where it has one; a model from scratch takes its vocabulary from there.
+    config_changes: entries of the model's config. Raises UserError if it cannot be loaded.
     """
     with loading(base, purpose):
+        if base.spec is not None:
+            tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else None
+            built: PreTrainedModel = auto_model.from_config(
+                scratch.build_config(base.spec, tokenizer, **config_changes)
+            )
+            return built
         config = AutoConfig.from_pretrained(base.location, trust_remote_code=False, **config_changes)
         model, report = auto_model.from_pretrained(
             base.location,
@@ -34,8 +44,13 @@ def load(base: BaseModel, auto_model: Any, purpose: str, **config_changes: Any) 
     return model  # type: ignore[no-any-return]  # transformers' Auto classes are untyped
 
 
-def load_tokenizer(base: BaseModel, purpose: str) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer. Raises UserError if it cannot be loaded, or cannot be served."""
+def load_tokenizer(base: BaseModel, purpose: str, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer; for a model from scratch one trained on `texts`.
+
+    Raises UserError if it cannot be loaded, or cannot be served.
+    """
+    if base.spec is not None:
+        return scratch.train_tokenizer(base.spec, texts)
     with loading(base, purpose):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.location, trust_remote_code=False)
     if not tokenizer.is_fast:
@@ -52,7 +67,8 @@ def loading(base: BaseModel, purpose: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--base-model {base.name}: cannot be loaded as {purpose}: {reason}") from error
+        option = "--base-model" if base.spec is None else "--from-scratch"
+        raise UserError(f"{option} {base.name}: cannot be loaded as {purpose}: {reason}") from error
 
 
 def attention() -> dict[str, Any]:

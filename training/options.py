@@ -17,7 +17,10 @@ class Options:
     task: str = field(default="text-classification", metadata={"help": "what the model shall do"})
     train_file: str | None = field(
         default=None,
-        metadata={"help": "csv, tsv, jsonl or parquet file of examples; without it the base model is bundled as it is"},
+        metadata={
+            "help": "csv, tsv, jsonl or parquet file of examples, for images and sounds a folder, too; without it the "
+            "base model is bundled as it is"
+        },
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "examples to choose the best epoch by; taken from the training file if absent"}
@@ -26,8 +29,17 @@ class Options:
     base_model: str | None = field(
         default=None, metadata={"help": "local folder or hub id; the bundled all-MiniLM-L6-v2 if absent"}
     )
+    from_scratch: str | None = field(
+        default=None,
+        metadata={
+            "help": "instead of a base model: a model type and sizes, e.g. 'bert hidden_size=128 num_hidden_layers=4'; "
+            "weights start at random, and a tokenizer is trained on the texts"
+        },
+    )
     text_column: str = field(default="text", metadata={"help": "column of the texts"})
     label_column: str = field(default="label", metadata={"help": "column of the labels: names or integers"})
+    path_column: str = field(default="path", metadata={"help": "column of the paths of images or sounds"})
+    augment: bool = field(default=False, metadata={"help": "shift and turn training images a little, at random"})
     validation_share: float = field(default=0.1, metadata={"help": "share of rows taken for validation, stratified"})
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without a text or a label instead of stopping"}

@@ -136,10 +136,13 @@ def parse_spec(text: str) -> Spec:
 
 def build_config(spec: Spec, tokenizer: PreTrainedTokenizerBase | None = None, **changes: Any) -> PreTrainedConfig:
     """The configuration of `spec`, its vocabulary and special tokens those of `tokenizer`, and `changes` made to it."""
-    config: PreTrainedConfig = AutoConfig.for_model(spec.model_type, **spec.sizes)
-    return AutoConfig.for_model(
-        spec.model_type, **(spec.sizes | ({} if tokenizer is None else _vocabulary(config, tokenizer)) | changes)
-    )
+    defaults = CONFIG_MAPPING[spec.model_type]()
+    if tokenizer is not None:
+        vocabulary = _vocabulary(defaults, tokenizer)
+    else:  # ids of the published vocabulary, which may be larger, mean nothing here
+        ids = {name: value for name, value in vars(defaults).items() if name.endswith("_token_id")}
+        vocabulary = dict.fromkeys((name for name, value in ids.items() if isinstance(value, int) and value > 0), 0)
+    return AutoConfig.for_model(spec.model_type, **(spec.sizes | vocabulary | changes))
 
 
 def train_tokenizer(spec: Spec, texts: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -208,8 +211,7 @@ def _check(spec: Spec, text: str, given: dict[str, Any]) -> None:
         if counts and isinstance(value, int) and value < 1:
             raise UserError(f"--from-scratch {text!r}: {key} must be at least 1")
     try:
-        # The special tokens are still those of the published vocabulary, which may be larger.
-        config = build_config(spec, None, **({"pad_token_id": 0} if hasattr(defaults, "vocab_size") else {}))
+        config = build_config(spec)
         width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
         # Not all types look at this themselves; a few, such as T5, have heads of any size.
         if isinstance(width, int) and isinstance(heads, int) and width % heads and not hasattr(config, "head_dim"):

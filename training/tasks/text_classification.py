@@ -66,17 +66,18 @@ class TextClassification(TrainingTask):
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A sequence classifier with the labels of the data."""
         purpose = "a text classifier"
+        tokenizer = models.load_tokenizer(base, purpose, splits.train["text"] if splits.train else ())
         model = models.load(
             base,
             AutoModelForSequenceClassification,
             purpose,
+            tokenizer,
             num_labels=len(splits.labels),
             id2label=dict(enumerate(splits.labels)),
             label2id={label: index for index, label in enumerate(splits.labels)},
             problem_type="single_label_classification",
             **models.attention(),
         )
-        tokenizer = models.load_tokenizer(base, purpose)
         model.config.pad_token_id = tokenizer.pad_token_id
         return model, tokenizer
 
