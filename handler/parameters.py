@@ -27,6 +27,11 @@ class CommonParameters:
 P = TypeVar("P")
 
 
+def between(minimum: float, maximum: float) -> Any:
+    """A dataclass field that is None by default and, when given, from `minimum` to `maximum`."""
+    return field(default=None, metadata={"minimum": minimum, "maximum": maximum})
+
+
 def at_least(minimum: float) -> Any:
     """A dataclass field that is None by default and, when given, at least `minimum`."""
     return field(default=None, metadata={"minimum": minimum})
@@ -36,7 +41,7 @@ def parse(kind: type[P], given: Mapping[str, Any]) -> P:
     """Builds `kind` (a dataclass) from a client's parameters.
 
     Raises InvalidParameter for an unknown name (naming the allowed ones), a value of another type, or one below
-    the field's `minimum`.
+    the field's `minimum` or above its `maximum`.
     """
     if not given:
         return kind()
@@ -44,19 +49,21 @@ def parse(kind: type[P], given: Mapping[str, Any]) -> P:
     for name, value in given.items():
         if name not in allowed:
             raise InvalidParameter(f"unknown parameter {shown(name)}; this task takes: {', '.join(sorted(allowed))}")
-        hint, minimum = allowed[name]
+        hint, minimum, maximum = allowed[name]
         if not _fits(value, hint):
             raise InvalidParameter(f"parameter {name!r} must be {_described(hint)}, not {shown(value)}")
         if minimum is not None and value is not None and value < minimum:
             raise InvalidParameter(f"parameter {name!r} must be at least {minimum}, not {shown(value)}")
+        if maximum is not None and value is not None and value > maximum:
+            raise InvalidParameter(f"parameter {name!r} must be at most {maximum}, not {shown(value)}")
     return kind(**given)
 
 
 @cache
-def _allowed(kind: Hashable) -> dict[str, tuple[Any, float | None]]:
+def _allowed(kind: Hashable) -> dict[str, tuple[Any, float | None, float | None]]:
     assert isinstance(kind, type)
     hints = get_type_hints(kind)
-    return {f.name: (hints[f.name], f.metadata.get("minimum")) for f in fields(kind)}
+    return {f.name: (hints[f.name], f.metadata.get("minimum"), f.metadata.get("maximum")) for f in fields(kind)}
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -33,9 +33,7 @@ def load(model_dir: Path, settings: Settings, auto_model: str, output_names: Seq
 
     Raises ValueError for a backend or precision that does not exist, ImportError if its runtime is not installed.
     """
-    if settings.precision not in PRECISIONS:
-        raise ValueError(f"precision {settings.precision!r} is not one of {', '.join(PRECISIONS)}")
-    threads = settings.threads or len(os.sched_getaffinity(0))
+    threads = _threads(settings)
     if settings.backend == "torch":
         from handler.backends.torch import TorchBackend
 
@@ -45,3 +43,20 @@ def load(model_dir: Path, settings: Settings, auto_model: str, output_names: Seq
 
         return OpenVinoBackend(model_dir, settings.precision, threads, output_names)
     raise ValueError(f"backend {settings.backend!r} is not one of {', '.join(BACKENDS)}")
+
+
+def load_model(model_dir: Path, settings: Settings, auto_model: str) -> Any:
+    """The transformers model of a task that runs it by itself; `auto_model`: its class.
+
+    Raises ValueError for a precision that does not exist, ImportError if torch is not installed.
+    """
+    from handler.backends import torch
+
+    return torch.load_model(model_dir, settings.precision, _threads(settings), auto_model)
+
+
+def _threads(settings: Settings) -> int:
+    """Threads to run on, once the precision is known to exist."""
+    if settings.precision not in PRECISIONS:
+        raise ValueError(f"precision {settings.precision!r} is not one of {', '.join(PRECISIONS)}")
+    return settings.threads or len(os.sched_getaffinity(0))

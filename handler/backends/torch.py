@@ -11,26 +11,31 @@ import transformers
 from numpy.typing import NDArray
 
 
+def load_model(model_dir: Path, precision: str, threads: int, auto_model: str) -> Any:
+    """A transformers model in fp32 or bf16, ready to run on so many threads."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return (
+        getattr(transformers, auto_model)
+        .from_pretrained(
+            model_dir,
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        .eval()
+    )
+
+
 class TorchBackend:
     """Runs a transformers model on the CPU in fp32 or bf16."""
 
     def __init__(
         self, model_dir: Path, precision: str, threads: int, auto_model: str, output_names: Sequence[str]
     ) -> None:
-        torch.set_num_threads(threads)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        self._model = (
-            getattr(transformers, auto_model)
-            .from_pretrained(
-                model_dir,
-                dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-            .eval()
-        )
+        self._model = load_model(model_dir, precision, threads, auto_model)
         self._outputs = tuple(output_names)
         self._inputs = set(inspect.signature(self._model.forward).parameters)
 
