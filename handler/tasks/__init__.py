@@ -20,6 +20,7 @@ REGISTRY = {
     "question-answering": "handler.tasks.question_answering:QuestionAnswering",
     "sentence-similarity": "handler.tasks.sentence_similarity:SentenceSimilarity",
     "text-classification": "handler.tasks.text_classification:TextClassification",
+    "text-generation": "handler.tasks.text_generation:TextGeneration",
     "token-classification": "handler.tasks.token_classification:TokenClassification",
     "zero-shot-classification": "handler.tasks.zero_shot_classification:ZeroShotClassification",
 }
