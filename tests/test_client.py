@@ -918,7 +918,7 @@ def test_predict_prints_an_items_error_in_its_place(marble: Marble, backend: Bac
     backend.script = [answers([LABELS, BAD_ITEM])]
     code, out, err = marble("predict", "sentiment", "a", "")
     assert (code, json.loads(out)) == (1, [LABELS, BAD_ITEM])
-    assert "1 of 2 texts failed" in err
+    assert "1 of 2 inputs failed" in err
 
 
 def test_predict_prints_any_text_as_json(marble: Marble, backend: Backend) -> None:
@@ -967,7 +967,8 @@ def test_a_refused_token_says_where_tokens_were_sought(marble: Marble, backend: 
         ["predict", "sentiment", "x", "--overflow", "guess"],
         ["predict", "sentiment", "x", "--top-k", "many"],
         ["predict", "../models", "x"],
-        ["predict", "sentiment", "x", "--file", "y.png"],
+        ["predict", "sentiment", "--file"],
+        ["predict", "sentiment", "x", "--file", "--json"],
         ["predict", "sentiment", "--file", "/nowhere/y.png"],
         ["predict", "sentiment", "x", "--json"],
         ["predict", "sentiment", "x", "-p", "top_k"],

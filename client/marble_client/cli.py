@@ -155,11 +155,9 @@ def _connect(args: argparse.Namespace, tokens: Tokens) -> Client:
 
 def _inputs(args: argparse.Namespace) -> list[Input]:
     """What to predict for: files, texts, or JSON values."""
-    if bool(args.text) == bool(args.file):
-        raise ValueError("give either texts or --file, and at least one of them")
     if args.file:
         try:
-            return [path.read_bytes() for path in args.file]
+            return [Path(path).read_bytes() for path in args.text]
         except OSError as error:
             raise ValueError(f"--file {error.filename}: {error.strerror}") from None
     texts = _texts(args.text)
@@ -255,9 +253,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = predict.add_argument
     add("name", metavar="NAME", help="the model")
-    add("text", metavar="TEXT", nargs="*", help="a text, or - for one text per line of standard input")
-    add("--file", metavar="FILE", type=Path, action="append", help="an image or a sound, instead of texts")
-    add("--json", action="store_true", help='the texts are JSON, e.g. {"question": "…", "context": "…"}')
+    add("text", metavar="TEXT", nargs="+", help="a text, or - for one text per line of standard input")
+    kind = predict.add_mutually_exclusive_group()
+    kind.add_argument("--file", action="store_true", help="the texts are names of image or sound files")
+    kind.add_argument("--json", action="store_true", help='the texts are JSON, e.g. {"question": "…", "context": "…"}')
     add("--parameter", "-p", metavar="NAME=VALUE", type=_parameter, action="append", default=[], help="of the task")
     add("--output", metavar="FILE", type=Path, help="where to write the image or sound that the model answers with")
     add("--details", action="store_true", help="print usage and the model's identity too")
