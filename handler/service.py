@@ -4,15 +4,25 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from handler import digests, formats, golden
 from handler.engine import Engine
 from handler.errors import InternalError, NotSupported, RequestError, TooLarge
-from handler.formats import Reply
-from handler.messages import Media, Model, Request, Result, jsonable
+from handler.formats import Reply, hugging_face
+from handler.messages import Media, Model, Piece, Request, Result, Usage, jsonable
+
+# The header of an answer that says whether more of it follows.
+_STREAM_NEXT = "ts_stream_next"
+# What TorchServe asks to write that header, by whether more follows; None: the header is left as it is.
+_IS_LAST: dict[bool | None, Callable[[bytes], bool | None]] = {
+    True: lambda _: False,
+    False: lambda _: True,
+    None: lambda _: None,
+}
 
 
 class Service:
@@ -35,7 +45,14 @@ class Service:
     def handle(self, rows: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answers one batch: one JSON body per row, in order. A bad row has its own status and hurts no other."""
         headers = [context.get_all_request_header(index) for index in range(len(rows))]
+        for index, row_headers in enumerate(headers):
+            # gRPC's StreamPredictions2, which ends in an error whatever is answered. An answer would reach a call that
+            # may be closed already, and then the worker never gets another request, though it stays READY.
+            if formats.is_grpc(row_headers) and context.header_key_sequence_id in row_headers:
+                del context.request_ids[index]
         opened = [_open(row, row_headers) for row, row_headers in zip(rows, headers, strict=True)]
+        if any(isinstance(request, Request) and request.stream for request, _ in opened):
+            return self._stream(opened, headers, context)
         outcomes = iter(self._predict([request for request, _ in opened if isinstance(request, Request)]))
         return [
             self._respond(
@@ -47,6 +64,50 @@ class Service:
             )
             for index, (request, reply) in enumerate(opened)
         ]
+
+    def _stream(
+        self,
+        opened: Sequence[tuple[Request | RequestError, Reply]],
+        headers: Sequence[Mapping[str, Any]],
+        context: Any,
+    ) -> list[bytes]:
+        """Answers a batch some of which want a stream: those as server-sent events, the others as ever."""
+        requests = {index: request for index, (request, _) in enumerate(opened) if isinstance(request, Request)}
+        outlet = _Outlet(context, [index for index, request in requests.items() if request.stream])
+
+        def answer(index: int, outcome: Result | RequestError) -> None:
+            if index in outlet.begun:
+                assert isinstance(outcome, RequestError)
+                outlet.add(index, _event(hugging_face.stream_error(outcome)), last=True)
+            else:
+                grpc = formats.is_grpc(headers[index])
+                outlet.answer(index, self._respond(context, index, outcome, opened[index][1], grpc))
+
+        for index, (request, _) in enumerate(opened):
+            if isinstance(request, RequestError):
+                answer(index, request)
+        places = list(requests)
+        try:
+            for step in self._engine.stream(list(requests.values())):
+                for place, said in step:
+                    index = places[place]
+                    if not isinstance(said, Piece):
+                        answer(index, said)
+                        continue
+                    if index not in outlet.begun:
+                        self._set_headers(context, index, "text/event-stream", said.usage)
+                    outlet.add(index, _event(said.value), last=said.last)
+                outlet.send()
+        except Exception as error:
+            _log_without_text(error)
+            for index in requests.keys() - outlet.done:
+                if requests[index].stream:
+                    answer(index, InternalError("the model failed; the server's log has the cause"))
+                else:
+                    [outcome] = self._predict([requests[index]])
+                    answer(index, outcome)
+            outlet.send()
+        return outlet.rest(len(opened))
 
     def _predict(self, requests: Sequence[Request]) -> list[Result | RequestError]:
         """The engine's outcomes; if the batch as a whole fails, each request is tried alone to find the culprit."""
@@ -60,28 +121,38 @@ class Service:
 
     def _respond(self, context: Any, index: int, outcome: Result | RequestError, reply: Reply, grpc: bool) -> bytes:
         """Encodes one outcome and sets its status and headers."""
-        media_type = "application/json"
+        try:
+            body, media_type, usage = self._answer(outcome, reply)
+            self._set_headers(context, index, media_type, usage)
+        except RequestError as error:
+            context.set_response_status(code=error.code, phrase=None, idx=index)
+            body = _encode(reply.error(error, self._model))
+            self._set_headers(context, index, "application/json", None)
+        if grpc:
+            # Without it gRPC StreamPredictions kills the worker. Unary calls ignore it, and nothing but this header
+            # would tell the two apart: so both get one whole answer, for a second part would wedge a unary one.
+            context.set_response_header(index, _STREAM_NEXT, "false")
+        return body
+
+    def _set_headers(self, context: Any, index: int, media_type: str, usage: Usage | None) -> None:
+        """What the headers of an answer say; `usage`: None for an error."""
         headers = {
             "x-model-name": self._model.name,
             "x-model-version": self._model.version,
             "x-model-digest": self._model.digest,
         }
-        try:
-            body, media_type, usage = self._answer(outcome, reply)
-            headers |= usage
-        except RequestError as error:
-            context.set_response_status(code=error.code, phrase=None, idx=index)
-            body = _encode(reply.error(error, self._model))
-        if grpc:
-            # Without it gRPC StreamPredictions kills the worker of a model that does not stream; unary calls ignore it.
-            headers["ts_stream_next"] = "false"
+        if usage is not None:
+            headers |= {
+                "x-usage-tokens": str(usage.tokens),
+                "x-usage-truncated": str(usage.truncated).lower(),
+                "x-usage-windows": str(usage.windows),
+            }
         context.set_response_content_type(index, media_type)
         for name, value in headers.items():
             context.set_response_header(index, name, value)
-        return body
 
-    def _answer(self, outcome: Result | RequestError, reply: Reply) -> tuple[bytes, str, dict[str, str]]:
-        """The body of a good answer, its media type and its usage headers. Raises RequestError where there is none."""
+    def _answer(self, outcome: Result | RequestError, reply: Reply) -> tuple[bytes, str, Usage]:
+        """The body of a good answer, its media type and usage. Raises RequestError where there is none."""
         if isinstance(outcome, RequestError):
             raise outcome
         try:
@@ -94,15 +165,69 @@ class Service:
             raise InternalError("the answer could not be written; the server's log has the cause") from None
         if len(body) > self._engine.settings.max_response_bytes:
             raise TooLarge(f"the answer has {len(body)} bytes; send fewer inputs in one request")
-        return (
-            body,
-            value.media_type if isinstance(value, Media) else "application/json",
-            {
-                "x-usage-tokens": str(outcome.usage.tokens),
-                "x-usage-truncated": str(outcome.usage.truncated).lower(),
-                "x-usage-windows": str(outcome.usage.windows),
-            },
-        )
+        return body, value.media_type if isinstance(value, Media) else "application/json", outcome.usage
+
+
+class _Outlet:
+    """Sends what is ready of a batch ahead of the rest.
+
+    TorchServe takes any number of messages for a batch, each about some of its requests. A stream goes on after a
+    message in which its header ts_stream_next is "true" and ends with "false"; an answer without the header is whole.
+    The first message without a "true" is the batch's last, so whole answers go ahead only while a stream goes on. A
+    request that is done with must not be in a later message.
+    """
+
+    def __init__(self, context: Any, streams: Sequence[int]) -> None:
+        self.begun: set[int] = set()
+        self.done: set[int] = set()
+        self._context = context
+        self._streams = set(streams)
+        self._ready: dict[int, bytes] = {}
+
+    def add(self, index: int, body: bytes, *, last: bool) -> None:
+        """Takes the next part of a stream."""
+        self._ready[index] = self._ready.get(index, b"") + body
+        self.begun.add(index)
+        if last:
+            self.done.add(index)
+
+    def answer(self, index: int, body: bytes) -> None:
+        """Takes a whole answer."""
+        self._ready[index] = body
+        self.done.add(index)
+        self._streams.discard(index)
+
+    def send(self) -> None:
+        """Sends what was taken since, if any of it can go now."""
+        going_on = self._streams - self.done
+        # The last streams that end are kept open, for the whole answers that may come later: the batch ends both.
+        following = (going_on or self._streams & self._ready.keys()) & self.begun
+        if not self._ready or not following:
+            return
+        if following.isdisjoint(self._ready):
+            self._ready[min(following)] = b""
+        ended = self._streams - following
+        self._write({index: True if index in following else False if index in ended else None for index in self._ready})
+        self._streams = going_on
+
+    def rest(self, count: int) -> list[bytes]:
+        """What the batch's last message has for each of its `count` requests: TorchServe passes over those done with,
+        and ends the streams that are not."""
+        return [self._ready.get(index, b"") for index in range(count)]
+
+    def _write(self, follows: Mapping[int, bool | None]) -> None:
+        """Sends what is ready; `follows`: whether more follows, None for a whole answer."""
+        from ts.protocol.otf_message_handler import create_predict_response
+
+        context, ids = self._context, {index: self._context.request_ids[index] for index in self._ready}
+        context.stopping_criteria = {index: _IS_LAST[more] for index, more in follows.items()}
+        context.cl_socket.sendall(create_predict_response(self._ready, ids, "Prediction success", 200, context))
+        context.stopping_criteria = None
+        self._ready = {}
+        for index, more in follows.items():
+            if not more:
+                # The very mapping that TorchServe makes the batch's last message from.
+                del context.request_ids[index]
 
 
 def _open(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request | RequestError, Reply]:
@@ -110,7 +235,8 @@ def _open(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request |
     try:
         if headers.get("explain") == "True":
             raise NotSupported("this model gives no explanations; ask it for predictions")
-        return formats.decode(row, headers)
+        request, reply = formats.decode(row, headers)
+        return replace(request, stream=request.stream and not formats.is_grpc(headers)), reply
     except RequestError as error:
         return error, formats.reply_to_unreadable(row, headers)
     except Exception as error:
@@ -122,6 +248,11 @@ def _open(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request |
 def _encode(value: Any) -> bytes:
     """ASCII JSON: no character a client sent can break the transport. Raises ValueError for NaN and infinities."""
     return json.dumps(value, allow_nan=False, separators=(",", ":"), default=jsonable).encode("ascii")
+
+
+def _event(value: Any) -> bytes:
+    """A server-sent event."""
+    return b"data:" + _encode(value) + b"\n\n"
 
 
 def _log_without_text(error: Exception) -> None:

@@ -6,7 +6,7 @@ Spec: the `spec/` folders of huggingface.js, packages/tasks; the client side is 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from handler.errors import InvalidInput, InvalidParameter, RequestError
+from handler.errors import InvalidInput, InvalidParameter, Overloaded, RequestError
 from handler.formats import fields
 from handler.messages import Model, Request, Result
 from handler.parameters import shown
@@ -54,6 +54,11 @@ def decode(value: Any) -> tuple[Request, HuggingFaceReply]:
         raise InvalidParameter(f'"stream" must be true or false, not {shown(stream)}')
     many = isinstance(inputs, list)
     return Request(inputs if many else [inputs], parameters, many, stream), HuggingFaceReply(many)
+
+
+def stream_error(error: RequestError) -> dict[str, Any]:
+    """The event that ends a stream with an error; `error_type` is what text-generation-inference calls it."""
+    return {**error.body(), "error_type": "overloaded" if isinstance(error, Overloaded) else "generation"}
 
 
 def listed(result: Result) -> list[Any]:
