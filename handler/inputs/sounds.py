@@ -220,13 +220,13 @@ class SpectrogramFeatures:
         """`input_values`, float32 [batch, max_length, mel bins]."""
         values = np.zeros((len(rows), self._length, self._bins), dtype=np.float32)
         for row, spectrogram in zip(rows, values, strict=True):
-            spectrogram[: self._frames(len(row.samples))] = self._spectrogram(row.samples)
+            spectrogram[: self._frames(len(row.samples))] = self.spectrogram(row.samples)
         return {"input_values": (values - self._mean) / np.float32(self._std * 2)}
 
     def _frames(self, samples: int) -> int:
         return max(0, (samples - self._FRAME) // self._HOP + 1)
 
-    def _spectrogram(self, samples: NDArray[np.float32]) -> NDArray[np.float64]:
+    def spectrogram(self, samples: NDArray[np.float32]) -> NDArray[np.float64]:
         """Log-mel energies [frames, mel bins], in double precision: quiet bands lie 100 dB below loud ones."""
         frames = np.lib.stride_tricks.sliding_window_view(samples, self._FRAME)[:: self._HOP].astype(np.float64)
         frames -= frames.mean(axis=1, keepdims=True)
@@ -316,6 +316,21 @@ class SpeechFeatures:
         return np.asarray((samples - samples.mean()) / np.sqrt(samples.var() + 1e-7))
 
 
+def load_features(
+    extractor: Mapping[str, Any], config: Mapping[str, Any], max_length: int, stride: int
+) -> Features:
+    """The features that a model is given. extractor: settings of its feature extractor; config: its `config.json`.
+
+    Raises ValueError if the feature extractor is not one whose results are reproduced here.
+    """
+    kind = extractor.get("feature_extractor_type")
+    if kind == "ASTFeatureExtractor":
+        return SpectrogramFeatures(extractor, config)
+    if kind == "Wav2Vec2FeatureExtractor":
+        return SpeechFeatures(extractor, config, max_length, stride)
+    raise ValueError(f"the feature extractor {kind!r} is not one of: ASTFeatureExtractor, Wav2Vec2FeatureExtractor")
+
+
 class SoundInputs:
     """Sounds to rows of `SoundRow`, and rows to the arrays of the model in `model_dir`.
 
@@ -325,15 +340,10 @@ class SoundInputs:
     """
 
     def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:
-        extractor = _read_extractor(model_dir)
-        kind = extractor.get("feature_extractor_type")
-        self.features: Features
-        if kind == "ASTFeatureExtractor":
-            self.features = SpectrogramFeatures(extractor, config)
-        elif kind == "Wav2Vec2FeatureExtractor":
-            self.features = SpeechFeatures(extractor, config, settings.max_length, settings.stride)
-        else:
-            raise ValueError(f"{model_dir}: the feature extractor {kind!r} is not one for sounds that Marble knows")
+        try:
+            self.features = load_features(_read_extractor(model_dir), config, settings.max_length, settings.stride)
+        except ValueError as error:
+            raise ValueError(f"{model_dir}: {error}") from None
         self.shapes = self.features.shapes
         self._max_seconds = settings.max_seconds
 
@@ -380,7 +390,7 @@ def _read_extractor(model_dir: Path) -> Mapping[str, Any]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise ValueError(f"{model_dir / name} cannot be read ({error}); build or copy the model again") from None
+            raise ValueError(f"{name} cannot be read ({error}); build or copy the model again") from None
         settings: Mapping[str, Any] = document.get("feature_extractor", document)
         return settings
-    raise ValueError(f"{model_dir} has no preprocessor_config.json: a model for sounds needs its feature extractor's")
+    raise ValueError("preprocessor_config.json is missing: the model needs the settings of its feature extractor")

@@ -15,6 +15,8 @@ from handler.parameters import CommonParameters
 from handler.settings import Settings
 
 REGISTRY = {
+    "audio-classification": "handler.tasks.audio_classification:AudioClassification",
+    "automatic-speech-recognition": "handler.tasks.speech_recognition:SpeechRecognition",
     "feature-extraction": "handler.tasks.feature_extraction:FeatureExtraction",
     "image-classification": "handler.tasks.image_classification:ImageClassification",
     "question-answering": "handler.tasks.question_answering:QuestionAnswering",
