@@ -14,6 +14,8 @@ from training.errors import UserError
 from training.options import Options, TrainerOptions
 
 REGISTRY = {
+    "audio-classification": "training.tasks.audio_classification:AudioClassification",
+    "automatic-speech-recognition": "training.tasks.speech_recognition:SpeechRecognition",
     "image-classification": "training.tasks.image_classification:ImageClassification",
     "question-answering": "training.tasks.question_answering:QuestionAnswering",
     "text-classification": "training.tasks.text_classification:TextClassification",
