@@ -37,8 +37,8 @@ class _Item:
 
     @property
     def rows(self) -> int:
-        """How many rows go through the model for it."""
-        return sum(len(encoded.rows) for encoded in self.encoded)
+        """How many rows go through the model for it: one in a generative task, which encodes by itself."""
+        return sum(len(encoded.rows) for encoded in self.encoded) or 1
 
 
 class Engine:
