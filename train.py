@@ -107,6 +107,7 @@ def main() -> None:
                 stage,
                 base=base,
                 files=options.files(),
+                digests=splits.digests,
                 arguments={**vars(options), **given},
                 command=sys.argv,
             )

@@ -114,13 +114,26 @@ def write_json(stage: Path, name: str, value: Any) -> None:
 
 
 def provenance(
-    stage: Path, *, base: BaseModel, files: Mapping[str, Path], arguments: dict[str, Any], command: Sequence[str]
+    stage: Path,
+    *,
+    base: BaseModel,
+    files: Mapping[str, Path],
+    digests: Mapping[str, str],
+    arguments: dict[str, Any],
+    command: Sequence[str],
 ) -> dict[str, Any]:
-    """What went into the bundle: digests of data, base weights and code, versions, seed and arguments."""
+    """What went into the bundle: digests of data, base weights and code, versions, seed and arguments.
+
+    digests: those of data that are more than one file.
+    """
     return {
         "command": list(command),
         "arguments": arguments,
-        "data": {name: {"file": path.name, "sha256": sha256(path)} for name, path in files.items() if path.is_file()},
+        "data": {
+            name: {"file": path.name, "sha256": digests.get(name) or sha256(path)}
+            for name, path in files.items()
+            if name in digests or path.is_file()
+        },
         "base_model": {"name": base.name, "sha256": base.sha256, "licence": base.licence},
         "weights_sha256": weights_sha256(stage),
         "code": {"commit": _commit(), "sha256": _code_digest()},

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from transformers import EvalPrediction
 
 from handler.engine import Engine
 from handler.errors import Overloaded, RequestError
@@ -52,4 +54,13 @@ def classification_metrics(expected: Sequence[str], predicted: Sequence[str], la
             }
             for index, label in enumerate(labels)
         },
+    }
+
+
+def label_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """What an epoch of a single-label classifier is judged by: macro-F1 and accuracy of the most probable labels."""
+    predicted, expected = np.argmax(prediction.predictions, axis=-1), prediction.label_ids
+    return {
+        "macro_f1": float(f1_score(expected, predicted, average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(expected, predicted)),
     }

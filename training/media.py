@@ -1,55 +1,98 @@
 """Reads data sets of files, such as images or sounds: an index with their paths, or a folder for each label."""
 
+import base64
+import errno
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from handler.digests import sha256
 from handler.errors import RequestError
 from training import data
+from training.base_model import BaseModel
 from training.errors import UserError
+from training.options import Options
+from training.tasks import Splits
 
 INDEX_NAME = "index.csv"
 _SHOWN_ROWS = 5
 
 
-def read(
-    source: Path, columns: Mapping[str, str], decode: Callable[[bytes], Any], *, skip_bad_rows: bool
-) -> tuple[Dataset, int]:
-    """The rows of a data set whose files can be read, and how many others were left out.
+class Listing(NamedTuple):
+    """A data set of files.
+
+    rows: those whose files can be read; `path` is a file's path as this process can open it. skipped: rows left out.
+    sha256: of names and contents of all files (hex).
+    """
+
+    rows: Dataset
+    skipped: int
+    sha256: str
+
+
+def read(source: Path, columns: Mapping[str, str], decode: Callable[[bytes], Any], *, skip_bad_rows: bool) -> Listing:
+    """Reads a list of files, and looks into every one of them.
 
     source: an index (csv, tsv, jsonl or parquet) that names files relative to its own folder; a folder with an
     `index.csv`; or a folder that has one folder of files for each label. columns: standard name → column of the index,
     `path` and one more, e.g. `label`. decode: reads the bytes of a file, raising RequestError if it cannot.
-    In the rows, `path` is the path of a file as this process can open it. Raises UserError if there is no such data
-    set, and, naming the row, for a file that is missing or cannot be decoded unless bad rows are to be skipped.
+    Raises UserError if there is no such data set, and, naming the row, for a file that is missing or cannot be decoded
+    unless bad rows are to be skipped.
     """
-    rows, listing = _rows(source, dict(columns))
+    rows, index = _rows(source, dict(columns))
+    digest = hashlib.sha256()
     kept, bad = [], []
-    for number, name in enumerate(rows["path"], start=1):
-        file = listing.parent / str(name or "")
-        if (problem := _problem(name, file, decode)) is None:
-            kept.append((number - 1, str(file)))
+    for number, name in enumerate(rows["path"]):
+        file = index.parent / str(name or "")
+        try:
+            content = _content(name, file)
+            decode(content)
+        except (OSError, RequestError) as error:
+            bad.append(f"row {number + 1} ({name}): {getattr(error, 'strerror', None) or error}")
         else:
-            bad.append(f"row {number} ({name}): {problem}")
+            digest.update(f"{hashlib.sha256(content).hexdigest()}  {name}\n".encode())
+            kept.append((number, str(file)))
     if bad and not skip_bad_rows:
         shown = "\n  ".join(bad[:_SHOWN_ROWS]) + ("\n  …" if len(bad) > _SHOWN_ROWS else "")
-        raise UserError(f"{listing}: {len(bad)} file(s) cannot be used; mend them, or add --skip-bad-rows:\n  {shown}")
+        raise UserError(f"{index}: {len(bad)} file(s) cannot be used; mend them, or add --skip-bad-rows:\n  {shown}")
     if not kept:
-        raise UserError(f"{listing}: none of its files can be read; the first: {bad[0]}")
-    indices, paths = zip(*kept, strict=True)
-    return rows.select(indices).remove_columns("path").add_column("path", list(paths)), len(bad)
+        raise UserError(f"{index}: none of its files can be used; the first: {bad[0]}")
+    numbers, paths = zip(*kept, strict=True)
+    rows = rows.select(numbers).remove_columns("path").add_column("path", list(paths))
+    return Listing(rows, len(bad), digest.hexdigest())
 
 
-def digest(source: Path) -> str:
-    """SHA-256 (hex) over the names and contents of all files in a folder, or of one file."""
-    if source.is_file():
-        return sha256(source)
-    lines = [f"{sha256(file)}  {file.relative_to(source).as_posix()}\n" for file in _files(source)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def read_labelled(options: Options, seed: int, base: BaseModel, decode: Callable[[bytes], Any]) -> Splits:
+    """The splits of a classifier of files: `path`, and class indices in `label`. decode: see `read`.
+
+    Raises UserError for whatever in them would spoil the run.
+    """
+    skipped = 0
+    raw: dict[str, Dataset] = {}
+    digests: dict[str, str] = {}
+    files = options.files()
+    for name, source in files.items():
+        columns = {"path": options.path_column, "label": options.label_column}
+        listing = read(source, columns, decode, skip_bad_rows=options.skip_bad_rows)
+        rows = listing.rows.rename_column("path", "text")
+        rows, unlabelled = data.check_texts_and_labels(rows, source, skip_bad_rows=options.skip_bad_rows)
+        raw[name], digests[name] = rows.rename_column("text", "path"), listing.sha256
+        skipped += listing.skipped + unlabelled
+    labels = data.label_names(raw["train"]["label"]) if "train" in raw else base.labels()
+    if len(labels) < 2:
+        raise UserError(f"{options.train_file}: all rows have the label {labels[0]!r}; a classifier needs two or more")
+    encoded = {name: data.encode_labels(rows, labels, files[name]) for name, rows in raw.items()}
+    train, validation = encoded.get("train"), encoded.get("validation")
+    if train is not None and validation is None:
+        train, validation = data.split_validation(train, options.validation_share, seed, files["train"])
+    return Splits(train, validation, encoded.get("test"), labels, skipped, digests)
+
+
+def as_input(path: str) -> str:
+    """A file as JSON carries it to a model: base64."""
+    return base64.b64encode(Path(path).read_bytes()).decode("ascii")
 
 
 def _rows(source: Path, columns: dict[str, str]) -> tuple[Dataset, Path]:
@@ -84,16 +127,7 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _problem(name: Any, file: Path, decode: Callable[[bytes], Any]) -> str | None:
-    """Why a file cannot be used, None if it can."""
+def _content(name: Any, file: Path) -> bytes:
     if not isinstance(name, str) or not name.strip():
-        return "no path"
-    try:
-        decode(file.read_bytes())
-    except FileNotFoundError:
-        return "there is no such file"
-    except OSError as error:
-        return str(error.strerror)
-    except RequestError as error:
-        return str(error)
-    return None
+        raise FileNotFoundError(errno.ENOENT, "no path")
+    return file.read_bytes()

@@ -75,19 +75,9 @@ class ImageInputs:
         self._patches = (height // down) * (width // across) + 1
 
     def read(self, value: Any) -> ImageFile:
-        """One input of a request (see `media.read_bytes`), of which the header alone is read.
-
-        Raises RequestError: 415 for what is not PNG, JPEG, WebP or GIF, 400 for a broken header, 413 for sides that
-        are too long or too unequal.
-        """
+        """One input of a request, of which the header alone is read: see `media.read_bytes` and `dimensions`."""
         content = media.read_bytes(value, "image")
-        with _reading(), _opened(content) as image:
-            width, height = image.size
-        if not width or not height:
-            raise UnreadableRequest("the image has no pixels")
-        longer = max(width, height)
-        if longer > _MAX_SIDE or longer > _MAX_ASPECT * min(width, height):
-            raise TooLarge(f"the image is {width} x {height}: a side is too long, or they are too unequal; crop it")
+        width, height = dimensions(content)
         across, down = self.processor.resized(width, height)
         return ImageFile(content, max(width * height, across * down, math.prod(self.processor.size)))
 
@@ -194,6 +184,22 @@ class ImageProcessor:
             self._crops.append((shortest, shortest))
         else:
             self._height_width = (shortest, shortest)
+
+
+def dimensions(content: bytes) -> tuple[int, int]:
+    """Width and height of an image as its header says, before it is turned upright.
+
+    Raises RequestError: 415 for what is not PNG, JPEG, WebP or GIF, 400 for a broken header, 413 for sides that are too
+    long or too unequal.
+    """
+    with _reading(), _opened(content) as image:
+        width, height = image.size
+    if not width or not height:
+        raise UnreadableRequest("the image has no pixels")
+    longer = max(width, height)
+    if longer > _MAX_SIDE or longer > _MAX_ASPECT * min(width, height):
+        raise TooLarge(f"the image is {width} x {height}: a side is too long, or they are too unequal; crop it")
+    return width, height
 
 
 def decode(content: bytes, mode: str) -> Image.Image:

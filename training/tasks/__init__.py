@@ -29,7 +29,7 @@ class Splits:
     """The data of a run, checked.
 
     train: None where an existing model is bundled as it is. labels: names in class order, empty if the task has none.
-    skipped: rows left out by --skip-bad-rows.
+    skipped: rows left out by --skip-bad-rows. digests: SHA-256 (hex) of a split that is more than one file, by name.
     """
 
     train: Dataset | None
@@ -37,6 +37,7 @@ class Splits:
     test: Dataset | None
     labels: list[str] = field(default_factory=list)
     skipped: int = 0
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def named(self) -> dict[str, Dataset]:
         """The splits that there are, by name."""

@@ -1,0 +1,204 @@
+"""Trains a model to put one label on an image."""
+
+import base64
+import io
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch.utils.data import Dataset as TorchDataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, Trainer
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from handler.errors import TooLarge
+from handler.inputs.images import ImageProcessor, decode, dimensions
+from handler.settings import Settings
+from training import data, evaluation, media, models, trainer
+from training.base_model import BaseModel
+from training.errors import UserError
+from training.options import Options, TrainerOptions
+from training.tasks import Splits, TrainingTask
+
+_PURPOSE = "an image classifier"
+_GOLDEN_PER_LABEL = 2
+_GOLDEN_LABELS = 16
+_ALL_LABELS = 100_000
+# Images of one size up to this side keep it in a model from scratch that takes any size; others become this square.
+_LARGEST_OWN_SIZE = 224
+_SIZES_LOOKED_AT = 500
+_MOST_PIXELS = Settings(task="image-classification").max_pixels
+# At most: degrees of a turn, and share of a side that an image is moved by.
+_TURN, _SHIFT = 10.0, 0.1
+
+
+class ImageClassification(TrainingTask):
+    """One label for an image."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("macro_f1", "accuracy")
+    primary: ClassVar[str] = "accuracy"
+
+    def read(self, options: Options, seed: int, base: BaseModel) -> Splits:
+        """Files in the column `path`, class indices in `label`."""
+        if options.base_model is None and base.spec is None:
+            raise UserError(
+                "image-classification needs --base-model, a folder or hub id of an image model, or --from-scratch, "
+                "e.g. 'vit image_size=28 patch_size=4 num_channels=1'"
+            )
+        return media.read_labelled(options, seed, base, _check)
+
+    def counts(self, rows: Dataset, labels: Sequence[str]) -> dict[str, int]:
+        """Rows per label."""
+        return data.balance(rows)
+
+    def load(self, base: BaseModel, splits: Splits, options: Options) -> tuple[PreTrainedModel, Any]:
+        """An image classifier with the labels of the data, and the image processor it needs."""
+        model = models.load(
+            base,
+            AutoModelForImageClassification,
+            _PURPOSE,
+            num_labels=len(splits.labels),
+            id2label=dict(enumerate(splits.labels)),
+            label2id={label: index for index, label in enumerate(splits.labels)},
+            problem_type="single_label_classification",
+        )
+        if base.spec is not None:
+            processor: Any = _new_processor(model.config, splits)
+        else:
+            with models.loading(base, _PURPOSE):
+                processor = AutoImageProcessor.from_pretrained(base.location, backend="pil", trust_remote_code=False)
+        with models.loading(base, f"{_PURPOSE} that can be served"):
+            _served(processor, model)
+        return model, processor
+
+    def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
+        """Nothing that is not in the model's own files."""
+        return {}
+
+    def trainer(
+        self,
+        model: Any,
+        processor: Any,
+        splits: Splits,
+        options: Options,
+        arguments: TrainerOptions,
+        settings: Mapping[str, Any],
+    ) -> Trainer:
+        """A Trainer over images that are decoded when they are needed."""
+        arguments.train_sampling_strategy = "random"  # all images have the same length
+        served = _served(processor, model)
+
+        def collate(rows: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
+            pixels = served.normalise(np.stack([pixels for pixels, _ in rows]))
+            return {"pixel_values": torch.from_numpy(pixels), "labels": torch.tensor([label for _, label in rows])}
+
+        return trainer.build(
+            model,
+            processor,
+            arguments,
+            options,
+            train=_Images(splits.train, served, augment=options.augment),
+            validation=_Images(splits.validation, served),
+            collator=collate,
+            metrics=evaluation.label_metrics,
+        )
+
+    def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
+        """An image and its label's name."""
+        return [
+            {"inputs": media.as_input(path), "parameters": {"top_k": 1}, "target": labels[label]}
+            for path, label in zip(rows["path"], rows["label"], strict=True)
+        ]
+
+    def golden(self, examples: Sequence[Mapping[str, Any]], max_length: int, seed: int) -> list[dict[str, Any]]:
+        """Images of each label and odd ones, with the scores of all labels: which five lead may well change."""
+        shuffled = random.Random(seed).sample(list(examples), len(examples))
+        chosen: list[str] = []
+        for label in sorted({example["target"] for example in examples})[:_GOLDEN_LABELS]:
+            chosen += [e["inputs"] for e in shuffled if e["target"] == label][:_GOLDEN_PER_LABEL]
+        return [{"inputs": value, "parameters": {"top_k": _ALL_LABELS}} for value in (*chosen, *_odd_images())]
+
+    def score(self, predictions: Sequence[Any], targets: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
+        """Accuracy, macro-F1 and the confusion matrix of the most probable labels."""
+        return evaluation.classification_metrics(targets, [entries[0]["label"] for entries in predictions], labels)
+
+
+class _Images(TorchDataset[tuple[np.ndarray, int]]):
+    """Items (uint8 [channels, height, width], class index), prepared by the very code that will serve the model."""
+
+    def __init__(self, rows: Dataset, processor: ImageProcessor, *, augment: bool = False) -> None:
+        self._paths, self._labels = list(rows["path"]), list(rows["label"])
+        self._processor, self._augment = processor, augment
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        with open(self._paths[index], "rb") as file:
+            image = decode(file.read(), self._processor.mode)
+        return self._processor.pixels(_moved(image) if self._augment else image), self._labels[index]
+
+
+def _check(content: bytes) -> None:
+    """Raises RequestError for an image that the served model would refuse, too."""
+    width, height = dimensions(content)
+    if width * height > _MOST_PIXELS:
+        raise TooLarge(f"the image has {width * height} pixels; at most {_MOST_PIXELS} are taken")
+    decode(content, "RGB")
+
+
+def _moved(image: Image.Image) -> Image.Image:
+    """The image turned and shifted a little; what comes in at the edges is black."""
+    turn, across, down = (2 * torch.rand(3) - 1).tolist()
+    shift = round(across * _SHIFT * image.width), round(down * _SHIFT * image.height)
+    return image.rotate(turn * _TURN, Image.Resampling.BILINEAR, translate=shift)
+
+
+def _served(processor: Any, model: PreTrainedModel) -> ImageProcessor:
+    """What will prepare the images of the served model. Raises ValueError if the model needs something else."""
+    return ImageProcessor(json.loads(processor.to_json_string()), int(getattr(model.config, "num_channels", 3)))
+
+
+def _new_processor(config: Any, splits: Splits) -> ViTImageProcessorPil:
+    """For a model from scratch: images of the size it is built for, or of their own size, from -1 to 1."""
+    size = getattr(config, "image_size", None)
+    height, width = _own_size(splits) if size is None else (size, size) if isinstance(size, int) else size
+    half = [0.5] * int(config.num_channels)
+    return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
+
+
+def _own_size(splits: Splits) -> tuple[int, int]:
+    """Height and width that most training images have, if they are small."""
+    assert splits.train is not None
+    counts: Counter[tuple[int, int]] = Counter()
+    for path in splits.train["path"][:_SIZES_LOOKED_AT]:
+        with open(path, "rb") as file:
+            counts[dimensions(file.read())] += 1
+    [((width, height), _)] = counts.most_common(1)
+    return (height, width) if max(width, height) <= _LARGEST_OWN_SIZE else (_LARGEST_OWN_SIZE, _LARGEST_OWN_SIZE)
+
+
+def _odd_images() -> list[str]:
+    """Images unlike any in training: a model must answer them too, and the same way after every conversion."""
+    ramp = np.arange(90 * 60, dtype=np.uint32).reshape(60, 90)
+    channels = np.stack([ramp % 256, ramp // 25 % 256, ramp // 90 * 4 % 256, 255 - ramp % 90], axis=-1).astype(np.uint8)
+    upright = Image.Exif()
+    upright[0x0112] = 6  # turned by 90 degrees
+    images: list[tuple[Image.Image, dict[str, Any]]] = [
+        (Image.new("L", (1, 1)), {}),
+        (Image.new("RGB", (300, 20), (255, 0, 128)), {}),
+        (Image.fromarray(channels, "RGBA"), {"exif": upright}),
+    ]
+    return [_png(image, **options) for image, options in images]
+
+
+def _png(image: Image.Image, **options: Any) -> str:
+    """base64 of an image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
