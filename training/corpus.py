@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from training import data
 from training.errors import UserError
+from training.options import Options
+from training.tasks import Splits
 
 # Documents are tokenized in pieces of about so many characters: together, and without one huge encoding.
 _PIECE = 20_000
@@ -35,6 +37,16 @@ def read(path: Path, column: str = "text") -> list[str]:
     if not documents:
         raise UserError(f"{path}: there is no text in it")
     return documents
+
+
+def read_splits(options: Options) -> Splits:
+    """The files of a run as splits with a column `text`: one row for each document."""
+    texts = {name: read(path, options.text_column) for name, path in options.files().items()}
+    if "train" in texts and "validation" not in texts:
+        path = options.files()["train"]
+        texts["train"], texts["validation"] = split(texts["train"], options.validation_share, path)
+    rows = {name: Dataset.from_dict({"text": documents}) for name, documents in texts.items()}
+    return Splits(rows.get("train"), rows.get("validation"), rows.get("test"))
 
 
 def split(documents: Sequence[str], share: float, path: Path) -> tuple[list[str], list[str]]:

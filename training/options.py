@@ -37,9 +37,24 @@ class Options:
         },
     )
     text_column: str = field(default="text", metadata={"help": "column of the texts"})
-    label_column: str = field(default="label", metadata={"help": "column of the labels: names or integers"})
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "column of the second texts of pairs; found by its name if it has a usual one"}
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "column of the labels: names, integers, lists of them, or numbers"}
+    )
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = field(
+        default=None,
+        metadata={"help": "if absent, lists of labels are several labels, numbers with a fraction a regression"},
+    )
     path_column: str = field(default="path", metadata={"help": "column of the paths of images or sounds"})
     augment: bool = field(default=False, metadata={"help": "shift and turn training images a little, at random"})
+    mlm_probability: float = field(
+        default=0.15, metadata={"help": "share of tokens that masked language modelling hides"}
+    )
+    line_by_line: bool = field(
+        default=False, metadata={"help": "a corpus is learnt in lines, not packed into sequences of full length"}
+    )
     validation_share: float = field(default=0.1, metadata={"help": "share of rows taken for validation, stratified"})
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "leave out rows without a text or a label instead of stopping"}

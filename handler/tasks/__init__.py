@@ -18,6 +18,7 @@ REGISTRY = {
     "audio-classification": "handler.tasks.audio_classification:AudioClassification",
     "automatic-speech-recognition": "handler.tasks.speech_recognition:SpeechRecognition",
     "feature-extraction": "handler.tasks.feature_extraction:FeatureExtraction",
+    "fill-mask": "handler.tasks.fill_mask:FillMask",
     "image-classification": "handler.tasks.image_classification:ImageClassification",
     "question-answering": "handler.tasks.question_answering:QuestionAnswering",
     "sentence-similarity": "handler.tasks.sentence_similarity:SentenceSimilarity",
