@@ -49,7 +49,7 @@ def _export(bundle: Bundle, precision: str, stage: Path) -> None:
     try:
         model = (
             getattr(transformers, task.auto_model)
-            .from_pretrained(bundle.path, use_safetensors=True, local_files_only=True, attn_implementation="sdpa")
+            .from_pretrained(bundle.path, use_safetensors=True, local_files_only=True)
             .eval()
         )
         names = inspect.signature(model.forward).parameters
@@ -77,5 +77,6 @@ def example(bundle: Bundle, task: EncoderTask) -> Mapping[str, Any]:
             if not isinstance(encoded, RequestError):
                 rows.setdefault(len(encoded.rows[0]), encoded.rows[0])
     # Short ones: long ones only make the tracing slow. Two rows, so that the batch is not taken for a constant 1.
-    chosen = [rows[length] for length in sorted(rows) if length > 2][:_EXAMPLE_ROWS]
+    lengths = [length for length in sorted(rows) if length > 2] or sorted(rows)
+    chosen = [rows[length] for length in lengths[:_EXAMPLE_ROWS]]
     return task.inputs.collate(chosen if len(chosen) > 1 else chosen * _EXAMPLE_ROWS)
