@@ -57,8 +57,7 @@ def split(documents: Sequence[str], share: float, path: Path) -> tuple[list[str]
     """
     units = documents if len(documents) > 1 else documents[0].splitlines(keepends=True)
     ends = np.cumsum([len(unit) for unit in units])
-    cut = int(np.searchsorted(ends, (1 - share) * ends[-1]))
-    cut = min(max(cut, 1), len(units) - 1)
+    cut = 1 + int(np.argmin(np.abs(ends[:-1] - (1 - share) * ends[-1]))) if len(units) > 1 else 1
     parts = list(units[:cut]), list(units[cut:])
     if len(documents) == 1:
         parts = ["".join(parts[0])], ["".join(parts[1])]
