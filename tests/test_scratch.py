@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import train
 import transformers
 from conftest import REVIEWS, ROOT, run
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
+import train
 from training import base_model, corpus, models, scratch
 from training.errors import UserError
 
