@@ -146,6 +146,10 @@ class Generator:
                 yield self._search(row)
 
     def _decode(self, rows: Sequence["_Row"]) -> Iterator[list[Outcome]]:
+        now = time.monotonic()
+        yield [(row.index, _late()) for row in rows if now > row.deadline]
+        if not (rows := [row for row in rows if now <= row.deadline]):
+            return
         cache, mask, logits = self._prefill(rows)
         while True:
             outcomes = self._choose(rows, logits)

@@ -19,6 +19,7 @@ REGISTRY = {
     "image-classification": "training.tasks.image_classification:ImageClassification",
     "question-answering": "training.tasks.question_answering:QuestionAnswering",
     "text-classification": "training.tasks.text_classification:TextClassification",
+    "text-generation": "training.tasks.text_generation:TextGeneration",
     "token-classification": "training.tasks.token_classification:TokenClassification",
 }
 _GOLDEN_EXAMPLES = 12
