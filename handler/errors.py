@@ -58,6 +58,12 @@ class NotSupported(RequestError):
     code = 501
 
 
+class WrongAnswer(RequestError):
+    """The model answers its canary otherwise than the golden set says."""
+
+    code = 500
+
+
 class InternalError(RequestError):
     """A defect of the server, not of the request."""
 

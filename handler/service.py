@@ -13,6 +13,7 @@ from handler import digests, formats, golden
 from handler.engine import Engine
 from handler.errors import InternalError, NotSupported, RequestError, TooLarge
 from handler.formats import Reply, hugging_face
+from handler.formats.canary import Canary
 from handler.messages import Media, Model, Piece, Request, Result, Usage, jsonable
 
 # The header of an answer that says whether more of it follows.
@@ -35,6 +36,11 @@ class Service:
         digests.verify(model_dir)
         self._engine = Engine(model_dir)
         golden.replay(self._engine, model_dir / golden.FILE_NAME)
+        self._canary = Canary(
+            golden.read(model_dir / golden.FILE_NAME)[0],
+            self._engine.task.drift,
+            self._engine.settings.golden_tolerance,
+        )
         self._model = Model(
             context.model_name,
             str(context.manifest["model"]["modelVersion"]),
@@ -50,7 +56,7 @@ class Service:
             # may be closed already, and then the worker never gets another request, though it stays READY.
             if formats.is_grpc(row_headers) and context.header_key_sequence_id in row_headers:
                 del context.request_ids[index]
-        opened = [_open(row, row_headers) for row, row_headers in zip(rows, headers, strict=True)]
+        opened = [self._open(row, row_headers) for row, row_headers in zip(rows, headers, strict=True)]
         if any(isinstance(request, Request) and request.stream for request, _ in opened):
             return self._stream(opened, headers, context)
         outcomes = iter(self._predict([request for request, _ in opened if isinstance(request, Request)]))
@@ -64,6 +70,20 @@ class Service:
             )
             for index, (request, reply) in enumerate(opened)
         ]
+
+    def _open(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request | RequestError, Reply]:
+        """The request of one row, or what is wrong with it; and how to reply."""
+        try:
+            if headers.get("explain") == "True":
+                raise NotSupported("this model gives no explanations; ask it for predictions")
+            request, reply = formats.decode(row, headers, self._canary)
+            return replace(request, stream=request.stream and not formats.is_grpc(headers)), reply
+        except RequestError as error:
+            return error, formats.reply_to_unreadable(row, headers)
+        except Exception as error:
+            _log_without_text(error)
+            failure = InternalError("the request could not be read; the server's log has the cause")
+            return failure, formats.reply_to_unreadable(row, headers)
 
     def _stream(
         self,
@@ -228,21 +248,6 @@ class _Outlet:
             if not more:
                 # The very mapping that TorchServe makes the batch's last message from.
                 del context.request_ids[index]
-
-
-def _open(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request | RequestError, Reply]:
-    """The request of one row, or what is wrong with it; and how to reply."""
-    try:
-        if headers.get("explain") == "True":
-            raise NotSupported("this model gives no explanations; ask it for predictions")
-        request, reply = formats.decode(row, headers)
-        return replace(request, stream=request.stream and not formats.is_grpc(headers)), reply
-    except RequestError as error:
-        return error, formats.reply_to_unreadable(row, headers)
-    except Exception as error:
-        _log_without_text(error)
-        failure = InternalError("the request could not be read; the server's log has the cause")
-        return failure, formats.reply_to_unreadable(row, headers)
 
 
 def _encode(value: Any) -> bytes:

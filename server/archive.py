@@ -1,14 +1,10 @@
-"""An archive as the server sees it: verified before TorchServe may load it, and the source of its own canary."""
+"""An archive as the server sees it: verified before TorchServe may load it."""
 
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from handler import golden, tasks
+from handler import golden
 from handler.digests import sha256
 
 
@@ -22,19 +18,6 @@ class Archive:
 
     name: str
     path: Path
-
-    def canary(self) -> dict[str, Any]:
-        """The first golden example: `inputs`, perhaps `parameters`, and the `predictions` they must get."""
-        with zipfile.ZipFile(self.path) as file:
-            first: dict[str, Any] = json.loads(file.read(golden.FILE_NAME).split(b"\n", 1)[0])
-        return first
-
-    def drift(self, expected: Any, found: Any) -> tuple[float, float]:
-        """How far a canary's answer is from the golden one, and how far it may be."""
-        with zipfile.ZipFile(self.path) as file:
-            settings = yaml.safe_load(file.read("model-config.yaml"))["handler"]
-        drift = tasks.load(settings["task"]).drift(expected, found)
-        return drift, float(settings.get("golden_tolerance", 1e-3))
 
 
 def verify(name: str, path: Path) -> Archive:

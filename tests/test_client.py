@@ -116,6 +116,8 @@ class Backend:
             return self.script.pop(0)
         if request.model not in self.models:
             return frontend("ModelNotFoundException", f"Model not found: {request.model}")
+        if request.json == {"canary": True}:
+            return answers({"drift": 0.001})
         inputs = request.json["inputs"]
         return answers([LABELS for _ in ([inputs] if isinstance(inputs, str) else inputs)])
 
@@ -315,6 +317,15 @@ def test_any_json_is_an_input(client: Client, backend: Backend) -> None:
     backend.script = [answers({"answer": "x"})]
     assert client.predict("sentiment", inputs).predictions == {"answer": "x"}
     assert backend.requests[0].json["inputs"] == inputs
+
+
+def test_the_canary_gives_its_drift(client: Client, backend: Backend) -> None:
+    assert client.canary("sentiment", version="1.0") == 0.001
+    assert (backend.requests[0].version, backend.requests[0].json) == ("1.0", {"canary": True})
+    backend.script = [fails(500, "WrongAnswer")]
+    with pytest.raises(marble_client.MarbleError) as caught:
+        client.canary("sentiment")
+    assert caught.value.type == "WrongAnswer"
 
 
 def test_classify_one_text_gives_its_labels(client: Client, backend: Backend) -> None:
@@ -1015,9 +1026,9 @@ def test_a_stuck_server_exits_with_3(marble: Marble, backend: Backend) -> None:
 def test_ready_proves_an_answer(marble: Marble, backend: Backend) -> None:
     backend.models["topics"] = ["READY"]
     assert marble("ready") == (0, "sentiment ready\ntopics ready\n", "")
-    assert [(request.model, request.json["inputs"]) for request in backend.requests] == [
-        ("sentiment", "ready?"),
-        ("topics", "ready?"),
+    assert [(request.model, request.json) for request in backend.requests] == [
+        ("sentiment", {"canary": True}),
+        ("topics", {"canary": True}),
     ]
     assert marble("ready", "topics") == (0, "topics ready\n", "")
 
@@ -1034,12 +1045,12 @@ def test_ready_is_not_fooled_by_a_ready_worker_that_fails(marble: Marble, backen
     backend.script = [frontend("InternalServerException", "Worker died.")]
     code, out, err = marble("ready", "sentiment")
     assert (code, out) == (1, "")
-    assert "sentiment is not ready: it did not answer a prediction: Worker died." in err
+    assert "sentiment is not ready: it did not answer its canary: Worker died." in err
 
     backend.stuck = True
     code, out, err = marble("ready", "sentiment", "--timeout", "0.4")
     assert (code, out) == (1, "")
-    assert "sentiment is not ready: it did not answer a prediction: no answer within 0.4 s" in err
+    assert "sentiment is not ready: it did not answer its canary: no answer within 0.4 s" in err
 
 
 def test_ready_with_nothing_served(marble: Marble, backend: Backend) -> None:

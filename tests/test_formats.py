@@ -27,12 +27,15 @@ from handler.errors import (
     TooLarge,
     UnreadableRequest,
     UnsupportedMediaType,
+    WrongAnswer,
 )
 from handler.formats import Reply
+from handler.formats.canary import Canary
 from handler.formats.hugging_face import HuggingFaceReply
 from handler.formats.kserve_v1 import KServeV1Reply
 from handler.formats.open_inference import OpenInferenceReply
 from handler.messages import Model, Request, Result, Usage
+from handler.tasks.text_classification import TextClassification
 
 TEXT = "The room was cold, the staff were warm: I would come back. 多謝"
 JSON = "application/json"
@@ -120,9 +123,16 @@ def received(*requests: Sent) -> tuple[list[RequestProcessor], list[dict[str, An
     return processors, rows
 
 
+CANARY = Canary(
+    {"inputs": "a", "parameters": {"top_k": 1}, "predictions": [{"label": "x", "score": 0.75}]},
+    TextClassification.drift,
+    tolerance=0.01,
+)
+
+
 def decode(sent: Sent) -> tuple[Request, Reply]:
     [processor], [row] = received(sent)
-    return formats.decode(row, processor.get_request_properties())
+    return formats.decode(row, processor.get_request_properties(), CANARY)
 
 
 def refusal(sent: Sent) -> tuple[int, str]:
@@ -606,3 +616,29 @@ def test_errors_look_alike_in_every_rest_format(kind: type[RequestError]) -> Non
     for reply in (HuggingFaceReply(False), KServeV1Reply(), OpenInferenceReply("7", False)):
         assert reply.error(error, MODEL) == expected
         json.dumps(reply.error(error, MODEL)).encode("ascii")
+
+
+# --- the canary
+
+
+@pytest.mark.parametrize("content_type", [JSON, None])
+def test_a_canary_is_the_first_golden_example(content_type: Any) -> None:
+    request, reply = decode(rest({"canary": True}, content_type) if content_type else grpc(data=b'{"canary": true}'))
+    assert request == Request(["a"], {"top_k": 1})
+    good = reply.answer(Result([[{"label": "x", "score": 0.755}]], Usage(3, False, 1)), MODEL)
+    assert good["predictions"] == {"drift": pytest.approx(0.005)}
+    assert good["model"]["name"] == MODEL.name
+
+
+@pytest.mark.parametrize(
+    "found", [[{"label": "x", "score": 0.9}], [{"label": "y", "score": 0.75}], [{"label": "x", "score": float("nan")}]]
+)
+def test_a_canary_that_is_answered_wrongly_is_an_error(found: Any) -> None:
+    with pytest.raises(WrongAnswer, match="drifts by"):
+        CANARY.answer(Result([found], Usage(3, False, 1)), MODEL)
+
+
+@pytest.mark.parametrize("body", [{"canary": False}, {"canary": "yes"}, {"canary": True, "inputs": "a"}])
+def test_what_is_not_quite_a_canary_is_refused(body: Any) -> None:
+    with pytest.raises(RequestError):
+        decode(rest(body, JSON))

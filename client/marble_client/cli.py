@@ -30,8 +30,6 @@ from marble_client.wire import is_item_error
 
 OK, REFUSED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
-CANARY = "ready?"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (argparse itself exits with 2 on wrong usage)."""
@@ -122,11 +120,11 @@ def _fault(client: Client, name: str, model: ServedModel | None) -> str | None:
     if model.ready_workers == 0:
         return f"none of its {model.workers} workers is READY"
     try:
-        client.predict(name, CANARY)
+        client.canary(name)
     except (ConnectionFailed, Unauthorized):
         raise
     except MarbleError as error:
-        return f"it did not answer a prediction: {error.message}"
+        return f"it did not answer its canary: {error.message}"
     return None
 
 
@@ -270,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[server],
         help="prove that models answer",
         description="Exit with 0 if every model named (every model served, if none is) has a READY worker "
-        "and has just answered a prediction.",
+        "and has just answered its canary, a golden example of its own.",
         epilog="example:\n  marble ready sentiment && echo open for business",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,9 +9,11 @@ from marble_client.answer import Answer, Input, ItemError, Json, Label, ServedMo
 from marble_client.errors import BadResponse, NotFound, error_for
 from marble_client.retry import Deadline, with_retries
 from marble_client.wire import (
+    CANARY,
     check_name,
     decode_answer,
     decode_description,
+    decode_drift,
     decode_labels,
     decode_page,
     encode_request,
@@ -45,8 +47,15 @@ class Client(Protocol):
         """
 
     @abstractmethod
+    def canary(self, model: str, *, version: str | None = None, timeout: float | None = None) -> float:
+        """Have the model answer its first golden example; returns how far a score drifts from the golden answer.
+
+        Raises ServerError of the type WrongAnswer if it answers wrongly.
+        """
+
+    @abstractmethod
     def ready(self, model: str, version: str | None = None) -> bool:
-        """Whether a worker of the model is READY. Only a prediction proves that it answers."""
+        """Whether a worker of the model is READY. Only `canary` proves that it answers."""
 
     @abstractmethod
     def models(self) -> list[ServedModel]:
@@ -153,6 +162,12 @@ class TransportClient(Client):
         body = encode_request(inputs, parameters)
         deadline = Deadline(self._timeout if timeout is None else timeout)
         return with_retries(lambda: decode_answer(self._predict(model, version, body, deadline)), deadline)
+
+    def canary(self, model: str, *, version: str | None = None, timeout: float | None = None) -> float:
+        _check(model, version)
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+        answer = with_retries(lambda: decode_answer(self._predict(model, version, CANARY, deadline)), deadline)
+        return decode_drift(answer.predictions)
 
     def ready(self, model: str, version: str | None = None) -> bool:
         _check(model, version)

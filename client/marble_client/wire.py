@@ -11,6 +11,9 @@ from marble_client.errors import BadResponse, MarbleError, error_for
 
 T = TypeVar("T")
 
+# The body that has a model answer its first golden example.
+CANARY = b'{"canary": true}'
+
 # What torch-model-archiver accepts; anything else could change the path of a URL.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -50,6 +53,11 @@ def decode_answer(body: bytes) -> Answer[Json]:
         Usage(_take(usage, "tokens", int), _take(usage, "truncated", bool), _take(usage, "windows", int)),
         ModelInfo(_take(model, "name", str), _take(model, "version", str), _take(model, "digest", str)),
     )
+
+
+def decode_drift(predictions: Json) -> float:
+    """The drift in the answer to a canary."""
+    return _number(predictions, "drift")
 
 
 def decode_labels(entry: Json) -> list[Label] | ItemError:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from handler.errors import RequestError
 from handler.formats import body, hugging_face, kserve_v1, open_inference
+from handler.formats.canary import Canary
+from handler.formats.canary import matches as is_canary
 from handler.messages import Model, Request, Result
 
 
@@ -23,13 +25,15 @@ class Reply(Protocol):
         ...
 
 
-def decode(row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request, Reply]:
+def decode(row: Mapping[str, Any], headers: Mapping[str, Any], canary: Canary) -> tuple[Request, Reply]:
     """Reads one row of a TorchServe batch.
 
     row: the fields of the request, normally one named "body" or "data". headers: those of the HTTP request; gRPC
-    requests have none. Raises RequestError if no format can read it.
+    requests have none. canary: the model's. Raises RequestError if no format can read it.
     """
     value = body.read(row, headers)
+    if is_canary(value):
+        return canary.request, canary
     if open_inference.matches(value):
         return open_inference.decode(value, is_grpc(headers))
     if kserve_v1.matches(value):
