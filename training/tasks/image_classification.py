@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, Trainer
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -19,16 +18,13 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from handler.errors import TooLarge
 from handler.inputs.images import ImageProcessor, decode, dimensions
 from handler.settings import Settings
-from training import data, evaluation, media, models, trainer
+from training import evaluation, media, models, trainer
 from training.base_model import BaseModel
 from training.errors import UserError
 from training.options import Options, TrainerOptions
-from training.tasks import Splits, TrainingTask
+from training.tasks import Splits
+from training.tasks.media_classification import MediaClassification
 
-_PURPOSE = "an image classifier"
-_GOLDEN_PER_LABEL = 2
-_GOLDEN_LABELS = 16
-_ALL_LABELS = 100_000
 # Images of one size up to this side keep it in a model from scratch that takes any size; others become this square.
 _LARGEST_OWN_SIZE = 224
 _SIZES_LOOKED_AT = 500
@@ -37,11 +33,11 @@ _MOST_PIXELS = Settings(task="image-classification").max_pixels
 _TURN, _SHIFT = 10.0, 0.1
 
 
-class ImageClassification(TrainingTask):
+class ImageClassification(MediaClassification):
     """One label for an image."""
 
-    metrics: ClassVar[tuple[str, ...]] = ("macro_f1", "accuracy")
-    primary: ClassVar[str] = "accuracy"
+    auto_model: ClassVar[Any] = AutoModelForImageClassification
+    purpose: ClassVar[str] = "an image classifier"
 
     def read(self, options: Options, seed: int, base: BaseModel) -> Splits:
         """Files in the column `path`, class indices in `label`."""
@@ -52,27 +48,15 @@ class ImageClassification(TrainingTask):
             )
         return media.read_labelled(options, seed, base, _check)
 
-    def counts(self, rows: Dataset, labels: Sequence[str]) -> dict[str, int]:
-        """Rows per label."""
-        return data.balance(rows)
-
     def load(self, base: BaseModel, splits: Splits, options: Options) -> tuple[PreTrainedModel, Any]:
         """An image classifier with the labels of the data, and the image processor it needs."""
-        model = models.load(
-            base,
-            AutoModelForImageClassification,
-            _PURPOSE,
-            num_labels=len(splits.labels),
-            id2label=dict(enumerate(splits.labels)),
-            label2id={label: index for index, label in enumerate(splits.labels)},
-            problem_type="single_label_classification",
-        )
+        model = self.load_model(base, splits)
         if base.spec is not None:
             processor: Any = _new_processor(model.config, splits)
         else:
-            with models.loading(base, _PURPOSE):
+            with models.loading(base, self.purpose):
                 processor = AutoImageProcessor.from_pretrained(base.location, backend="pil", trust_remote_code=False)
-        with models.loading(base, f"{_PURPOSE} that can be served"):
+        with models.loading(base, f"{self.purpose} that can be served"):
             _served(processor, model)
         return model, processor
 
@@ -108,24 +92,17 @@ class ImageClassification(TrainingTask):
             metrics=evaluation.label_metrics,
         )
 
-    def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
-        """An image and its label's name."""
+    def odd_inputs(self) -> list[str]:
+        """A single pixel, a strip, and a transparent image that EXIF data turns."""
+        ramp = np.arange(90 * 60, dtype=np.uint32).reshape(60, 90)
+        channels = np.stack([ramp % 256, ramp // 25 % 256, ramp // 90 * 4 % 256, 255 - ramp % 90], axis=-1)
+        turned = Image.Exif()
+        turned[ExifTags.Base.Orientation] = 6
         return [
-            {"inputs": media.as_input(path), "parameters": {"top_k": 1}, "target": labels[label]}
-            for path, label in zip(rows["path"], rows["label"], strict=True)
+            _png(Image.new("L", (1, 1))),
+            _png(Image.new("RGB", (300, 20), (255, 0, 128))),
+            _png(Image.fromarray(channels.astype(np.uint8), "RGBA"), exif=turned),
         ]
-
-    def golden(self, examples: Sequence[Mapping[str, Any]], max_length: int, seed: int) -> list[dict[str, Any]]:
-        """Images of each label and odd ones, with the scores of all labels: which five lead may well change."""
-        shuffled = random.Random(seed).sample(list(examples), len(examples))
-        chosen: list[str] = []
-        for label in sorted({example["target"] for example in examples})[:_GOLDEN_LABELS]:
-            chosen += [e["inputs"] for e in shuffled if e["target"] == label][:_GOLDEN_PER_LABEL]
-        return [{"inputs": value, "parameters": {"top_k": _ALL_LABELS}} for value in (*chosen, *_odd_images())]
-
-    def score(self, predictions: Sequence[Any], targets: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
-        """Accuracy, macro-F1 and the confusion matrix of the most probable labels."""
-        return evaluation.classification_metrics(targets, [entries[0]["label"] for entries in predictions], labels)
 
 
 class _Images(TorchDataset[tuple[np.ndarray, int]]):
@@ -181,20 +158,6 @@ def _own_size(splits: Splits) -> tuple[int, int]:
             counts[dimensions(file.read())] += 1
     [((width, height), _)] = counts.most_common(1)
     return (height, width) if max(width, height) <= _LARGEST_OWN_SIZE else (_LARGEST_OWN_SIZE, _LARGEST_OWN_SIZE)
-
-
-def _odd_images() -> list[str]:
-    """Images unlike any in training: a model must answer them too, and the same way after every conversion."""
-    ramp = np.arange(90 * 60, dtype=np.uint32).reshape(60, 90)
-    channels = np.stack([ramp % 256, ramp // 25 % 256, ramp // 90 * 4 % 256, 255 - ramp % 90], axis=-1).astype(np.uint8)
-    upright = Image.Exif()
-    upright[0x0112] = 6  # turned by 90 degrees
-    images: list[tuple[Image.Image, dict[str, Any]]] = [
-        (Image.new("L", (1, 1)), {}),
-        (Image.new("RGB", (300, 20), (255, 0, 128)), {}),
-        (Image.fromarray(channels, "RGBA"), {"exif": upright}),
-    ]
-    return [_png(image, **options) for image, options in images]
 
 
 def _png(image: Image.Image, **options: Any) -> str:
