@@ -14,6 +14,7 @@ class ImageClassification(MediaClassification):
     """See `MediaClassification`; images are prepared as the model's `preprocessor_config.json` says."""
 
     auto_model: ClassVar[str] = "AutoModelForImageClassification"
+    top_k: ClassVar[int | None] = 5
     measure: ClassVar[Measure] = Measure("image", "pixels", "max_pixels")
 
     def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:

@@ -16,12 +16,10 @@ from handler.tasks.text_classification import (
     window_mean,
 )
 
-_TOP_K = 5  # as the pipelines of transformers answer
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaClassificationParameters(CommonParameters):
-    """top_k: keep the k most probable labels (None: 5). function_to_apply: instead of the model's own activation."""
+    """top_k: keep the k most probable labels (None: as the task does). function_to_apply: instead of the model's own activation."""
 
     top_k: int | None = at_least(1)
     function_to_apply: Activation | None = None
@@ -36,8 +34,12 @@ class MediaInputs(Inputs[Any], Protocol):
 
 
 class MediaClassification(EncoderTask):
-    """A classifier of one modality; `inputs` is set by the task. Activation follows the model, as for texts."""
+    """A classifier of one modality; `inputs` is set by the task. Activation follows the model, as for texts.
 
+    top_k: labels in an answer unless a request says, None for all; as in the pipeline of transformers.
+    """
+
+    top_k: ClassVar[int | None] = None
     Parameters: ClassVar[type[CommonParameters]] = MediaClassificationParameters
     inputs: MediaInputs
 
@@ -54,7 +56,7 @@ class MediaClassification(EncoderTask):
         """`[{"label": …, "score": …}, …]`, highest score first; windows of a long sound count by their length."""
         [part] = parts
         scores = activate(window_mean(part), parameters.function_to_apply or self._activation).tolist()
-        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: parameters.top_k or _TOP_K]
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: parameters.top_k or self.top_k]
         return [{"label": self._labels[index], "score": scores[index]} for index in order]
 
     drift = staticmethod(TextClassification.drift)

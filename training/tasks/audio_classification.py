@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForAudioClassification, PreTrainedModel, Trainer
 
+from handler.inputs.sounds import SpeechFeatures
 from training import evaluation, media, sounds, trainer
 from training.base_model import BaseModel
+from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.tasks import Splits
 from training.tasks.media_classification import MediaClassification
@@ -31,11 +33,12 @@ class AudioClassification(MediaClassification):
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """Length of a window, where the model has none of its own, and overflow policy."""
-        return {
-            "max_length": options.max_length or sounds.USUAL_MAX_LENGTH,
-            "stride": 0,
-            "overflow": options.overflow or "truncate",
-        }
+        overflow = options.overflow or "truncate"
+        if isinstance(sounds.served(processor, model), SpeechFeatures):
+            return {"max_length": options.max_length or sounds.USUAL_MAX_LENGTH, "stride": 0, "overflow": overflow}
+        if options.max_length is not None:
+            raise UserError(f"--max-length {options.max_length}: this model has a length of its own; leave it out")
+        return {"overflow": overflow}
 
     def trainer(
         self,
@@ -47,7 +50,7 @@ class AudioClassification(MediaClassification):
         settings: Mapping[str, Any],
     ) -> Trainer:
         """A Trainer over sounds that are decoded when they are needed."""
-        features = sounds.served(processor, model, settings["max_length"])
+        features = sounds.served(processor, model, settings.get("max_length", sounds.USUAL_MAX_LENGTH))
         assert splits.train is not None
         sounds.prepare(model, features, arguments, splits.train)
 
