@@ -1,121 +1,517 @@
-"""Quality on real data: what models that train.py makes are worth on data they have not seen.
+"""Quality on real data: what the models that train.py makes are worth on data they have not seen.
 
-    benchmarks/quality            two seeds; writes benchmarks/quality-results.json
-    benchmarks/quality --quick    one seed, one epoch, prints only: shows that it runs, not what it reaches
+    benchmarks/quality                       every experiment; writes benchmarks/quality-results.json after each
+    benchmarks/quality --only sst2 wnut17    these alone; the results of the others are kept
+    benchmarks/quality --quick               a few steps each, prints only: shows that it runs, not what it reaches
 
-Reviews → SST-2: a model trained on examples/reviews is scored on SST-2's dev set (../shared/data/sst2), which is about
-films only and was written by others. SST-2 has no neutral class, so the probability of `neutral` is left out and the
-more probable of the other two is the prediction.
+Each experiment trains one model through train.py, with the test split scored by the engine that serves it, and puts the
+figure beside that of a trivial baseline. The data sets are those of ../shared/data, or of the folder named by --data.
 """
 
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
-import statistics
+import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from PIL import Image
+from sklearn.metrics import f1_score
 
 from handler.engine import Engine
 from handler.errors import RequestError
-from handler.messages import Request
+from handler.messages import Media, Request
+from training import tasks
 
 ROOT = Path(__file__).resolve().parent.parent
-REVIEWS = ROOT / "examples" / "reviews"
 RESULTS = ROOT / "benchmarks" / "quality-results.json"
-TARGET = 0.80
+SEED = 42
+QUICK = ("--max-steps", "2", "--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where an experiment finds and puts things. data: the data sets; work: bundles and prepared files of this run."""
+
+    data: Path
+    work: Path
+    quick: bool
+
+    def bundle(self, name: str) -> Path:
+        """The bundle of an experiment."""
+        return self.work / name
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One model on one data set.
+
+    arguments: those of train.py besides --output-dir and --seed. figure: the name of the figure and its value, from the
+    bundle's metrics.json or by asking the bundle. baseline: what it is compared with, and its value. target: what the
+    figure must reach at least (at most, where lower is better).
+    """
+
+    name: str
+    data: str
+    arguments: Callable[[Context], Sequence[str]]
+    figure: str
+    measure: Callable[[Context, Path], float]
+    baseline: str
+    baseline_value: Callable[[Context, Path], float]
+    lower_is_better: bool = False
+
+    def target(self, baseline: float) -> float:
+        """Clearly better than the baseline: a quarter of the way from it to perfection."""
+        return baseline * 0.75 if self.lower_is_better else baseline + (1 - baseline) / 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch, nothing written")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder that holds sst2/")
+    parser.add_argument("--quick", action="store_true", help="a few steps each, nothing written")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(e.name for e in EXPERIMENTS)}")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
+    parser.add_argument("--work", type=Path, help="folder to keep the bundles in (default: a temporary one)")
     arguments = parser.parse_args()
-    sst2 = arguments.data / "sst2" / "dev.csv"
-    if not sst2.is_file():
-        sys.exit(f"benchmarks/quality: {sst2} is missing; name the folder of the data sets with --data")
+    if not (arguments.data / "sst2").is_dir():
+        sys.exit(f"benchmarks/quality: {arguments.data}/sst2 is missing; name the folder of the data sets with --data")
+    names = [experiment.name for experiment in EXPERIMENTS]
+    if unknown := set(arguments.only or ()) - set(names):
+        sys.exit(f"benchmarks/quality: no experiment {', '.join(sorted(unknown))}; there are {', '.join(names)}")
 
-    rounds = []
-    for seed in [42] if arguments.quick else [42, 43]:
-        rounds.append(one_round(seed, 1 if arguments.quick else 4, sst2))
-        print(json.dumps(rounds[-1]), flush=True)
-    accuracy = statistics.mean(entry["sst2_dev_accuracy"] for entry in rounds)
-    print(f"SST-2 dev accuracy, mean of {len(rounds)} seed(s): {accuracy:.4f} (target {TARGET})")
-    if not arguments.quick:
-        RESULTS.write_text(json.dumps(report(rounds), indent=2) + "\n", encoding="utf-8")
-        print(f"written to {RESULTS.relative_to(ROOT)}")
-
-
-def one_round(seed: int, epochs: int, sst2: Path) -> dict[str, Any]:
-    """Trains one model through train.py and scores it."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "reviews"
-        command = [
-            *("train.py", "--task", "text-classification", "--train-file", "examples/reviews/train.csv"),
-            *("--validation-file", "examples/reviews/validation.csv", "--test-file", "examples/reviews/test.csv"),
-            *("--seed", str(seed), "--num-train-epochs", str(epochs)),
-        ]
-        started = time.monotonic()
-        subprocess.run([sys.executable, *command, "--output-dir", str(place)], cwd=ROOT, check=True)
-        seconds = time.monotonic() - started
-        metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
-        return {
-            "seed": seed,
-            "epochs": epochs,
-            "command": " ".join(["python", *command]),
-            "seconds": round(seconds, 1),
-            "reviews_test_accuracy": metrics["splits"]["test"]["accuracy"],
-            "reviews_test_macro_f1": metrics["splits"]["test"]["macro_f1"],
-            "majority_baseline_accuracy": majority(metrics["rows_per_label"]["test"]),
-            "sst2_dev_accuracy": without_neutral(place, sst2),
-        }
+        context = Context(arguments.data, (arguments.work or Path(folder)).absolute(), arguments.quick)
+        context.work.mkdir(parents=True, exist_ok=True)
+        for experiment in EXPERIMENTS:
+            if arguments.only and experiment.name not in arguments.only:
+                continue
+            found = run(experiment, context)
+            print(json.dumps(found), flush=True)
+            if not arguments.quick:
+                record(found)
+    if not arguments.quick:
+        print(table(json.loads(RESULTS.read_text(encoding="utf-8"))["rounds"]))
 
 
-def majority(counts: dict[str, int]) -> float:
-    """Accuracy of always answering the most frequent label."""
-    return max(counts.values()) / sum(counts.values())
+def run(experiment: Experiment, context: Context) -> dict[str, Any]:
+    """Trains one model through train.py and measures it."""
+    place = context.bundle(experiment.name)
+    shutil.rmtree(place, ignore_errors=True)
+    given = [*experiment.arguments(context), "--seed", str(SEED)]
+    command = ["train.py", *given, "--output-dir", str(place), *(QUICK if context.quick else ())]
+    print(f"== {experiment.name}", flush=True)
+    started = time.monotonic()
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    seconds = time.monotonic() - started
+    metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+    value, baseline = experiment.measure(context, place), experiment.baseline_value(context, place)
+    target = experiment.target(baseline)
+    epochs = [entry["epoch"] for entry in metrics.get("epochs", [])]
+    return {
+        "name": experiment.name,
+        "data": experiment.data,
+        "task": metrics["task"],
+        "command": portable(" ".join(["python", *command[: len(given) + 1]]), context),
+        "seed": SEED,
+        "epochs": round(epochs[-1], 2) if epochs else None,
+        "seconds": round(seconds, 1),
+        "figure": experiment.figure,
+        "value": round(value, 4),
+        "baseline": experiment.baseline,
+        "baseline_value": round(baseline, 4),
+        "target": round(target, 4),
+        "lower_is_better": experiment.lower_is_better,
+        "met": value <= target if experiment.lower_is_better else value >= target,
+    }
 
 
-def without_neutral(bundle: Path, sst2: Path) -> float:
-    """Accuracy of the more probable of negative and positive."""
-    rows = pd.read_csv(sst2, keep_default_na=False)
-    [outcome] = Engine(bundle).predict([Request(rows["text"].tolist(), many=True)])
-    if isinstance(outcome, RequestError):
-        raise outcome
-    predictions: list[Any] = list(outcome.predictions)
-    scores = [{entry["label"]: entry["score"] for entry in prediction} for prediction in predictions]
+def portable(command: str, context: Context) -> str:
+    """A command without the folders of this machine."""
+    return command.replace(str(context.work), "WORK").replace(str(context.data), "DATA")
+
+
+def record(found: Mapping[str, Any]) -> None:
+    """Writes quality-results.json with this experiment's figures in place of its older ones."""
+    rounds = json.loads(RESULTS.read_text(encoding="utf-8"))["rounds"] if RESULTS.exists() else []
+    rounds = [entry for entry in rounds if entry["name"] != found["name"]] + [found]
+    order = [experiment.name for experiment in EXPERIMENTS]
+    rounds.sort(key=lambda entry: order.index(entry["name"]))
+    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate")
+    RESULTS.write_text(
+        json.dumps(
+            {
+                "command": "benchmarks/quality",
+                "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "system": platform.platform()},
+                "versions": {name: importlib.metadata.version(name) for name in packages},
+                "rounds": rounds,
+                "targets": [
+                    {
+                        "id": entry["name"],
+                        "what": f"{entry['figure']} on {entry['data']}, against {entry['baseline']}",
+                        "value": entry["value"],
+                        "target": entry["target"],
+                        "met": entry["met"],
+                    }
+                    for entry in rounds
+                ],
+            },
+            indent=2,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+
+
+def table(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| model and data | task | seed | epochs | time | figure | value | baseline | value |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in rounds:
+        epochs = "-" if entry["epochs"] is None else f"{entry['epochs']:g}"
+        lines.append(
+            f"| {entry['data']} | {entry['task']} | {entry['seed']} | {epochs} | {entry['seconds']:.0f} s | "
+            f"{entry['figure']} | {entry['value']:.4f} | {entry['baseline']} | {entry['baseline_value']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+# --- figures and baselines
+
+
+def metrics_of(place: Path) -> dict[str, Any]:
+    """A bundle's metrics.json."""
+    found: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+    return found
+
+
+def metric(key: str, split: str = "test") -> Callable[[Context, Path], float]:
+    """A figure of metrics.json."""
+    return lambda _, place: float(metrics_of(place)["splits"][split][key])
+
+
+def constant(value: float) -> Callable[[Context, Path], float]:
+    """A baseline known without looking."""
+    return lambda _, __: value
+
+
+def majority(_: Context, place: Path) -> float:
+    """Accuracy of always answering the most frequent label of the test split."""
+    counts = metrics_of(place)["rows_per_label"]["test"]
+    return float(max(counts.values()) / sum(counts.values()))
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def always_neutral(context: Context, _: Path) -> float:
+    """Micro-F1 of answering the most frequent emotion, and nothing else, to everything."""
+    rows = [row["labels"] for row in jsonl(context.data / "goemotions" / "test.jsonl")]
+    [(frequent, _count)] = Counter(label for labels in rows for label in labels).most_common(1)
+    names = sorted({label for labels in rows for label in labels})
+    expected = np.array([[name in labels for name in names] for labels in rows])
+    return float(f1_score(expected, np.array([[name == frequent for name in names]] * len(rows)), average="micro"))
+
+
+def random_span(_: Context, place: Path) -> float:
+    """F1 of three words taken at random from the context."""
+    chance = random.Random(SEED)
+    examples = jsonl(place / "validation.jsonl")
+    spans = []
+    for example in examples:
+        words = example["inputs"]["context"].split()
+        start = chance.randrange(len(words))
+        spans.append({"answer": " ".join(words[start : start + 3]), "score": 1.0})
+    scores = tasks.load("question-answering").score(spans, [example["target"] for example in examples], [])
+    return float(scores["f1"])
+
+
+def frequent_word(_: Context, place: Path) -> float:
+    """Accuracy of always guessing the word that is hidden most often."""
+    words = Counter(example["target"] for example in jsonl(place / "validation.jsonl"))
+    return max(words.values()) / words.total()
+
+
+def without_neutral(context: Context, place: Path) -> float:
+    """Accuracy on SST-2 dev of the more probable of negative and positive, of a model that knows neutral too."""
+    rows = pd.read_csv(context.data / "sst2" / "dev.csv", keep_default_na=False)
+    scores = [{entry["label"]: entry["score"] for entry in found} for found in ask(place, rows["text"].tolist())]
     found = ["positive" if entry["positive"] > entry["negative"] else "negative" for entry in scores]
     return float((pd.Series(found) == rows["label"]).mean())
 
 
-def report(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The contents of quality-results.json. The first round has train.py's default seed."""
-    what = "accuracy on SST-2 dev of a model trained on examples/reviews, neutral left out"
-    values = {
-        "reviews-to-sst2": (f"{what}; train.py's default seed", rounds[0]["sst2_dev_accuracy"]),
-        "reviews-to-sst2-mean": (
-            f"{what}; mean of the seeds",
-            statistics.mean(entry["sst2_dev_accuracy"] for entry in rounds),
-        ),
-    }
-    packages = ("torch", "transformers", "tokenizers", "datasets", "accelerate")
-    return {
-        "command": "benchmarks/quality",
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "system": platform.platform()},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "rounds": rounds,
-        "targets": [
-            {"id": name, "what": text, "value": round(value, 4), "target": TARGET, "met": value >= TARGET}
-            for name, (text, value) in values.items()
+def digits_named_rightly(context: Context, place: Path) -> float:
+    """Share of 500 generated digits that the image classifier of this run names as they were asked for."""
+    classifier = context.bundle("mnist-vit")
+    if not classifier.is_dir():
+        sys.exit("benchmarks/quality: text-to-image is judged by mnist-vit; run both with one --work")
+    wanted = [str(number % 10) for number in range(20 if context.quick else 500)]
+    engine = Engine(place)
+    outcomes = engine.predict([Request([digit], {"seed": seed}) for seed, digit in enumerate(wanted)])
+    images = []
+    for outcome in outcomes:
+        if isinstance(outcome, RequestError):
+            raise outcome
+        [image] = outcome.predictions
+        assert isinstance(image, Media)
+        images.append(image.content)
+    named = [found[0]["label"] for found in ask(classifier, images)]
+    return float(np.mean([name == digit for name, digit in zip(named, wanted, strict=True)]))
+
+
+def ask(place: Path, inputs: Sequence[Any]) -> list[Any]:
+    """A bundle's predictions."""
+    [outcome] = Engine(place).predict([Request(inputs, many=True)])
+    if isinstance(outcome, RequestError):
+        raise outcome
+    return list(outcome.predictions)
+
+
+# --- data sets in the form that train.py reads
+
+
+def files(context: Context, task: str, folder: str, train: str, validation: str, test: str) -> list[str]:
+    """The arguments that name a task and the three files of a data set."""
+    place = context.data / folder
+    splits = (("train", train), ("validation", validation), ("test", test))
+    return ["--task", task, *(part for name, file in splits for part in (f"--{name}-file", str(place / file)))]
+
+
+def reviews(_: Context) -> list[str]:
+    splits = [
+        part for name in ("train", "validation", "test") for part in (f"--{name}-file", f"examples/reviews/{name}.csv")
+    ]
+    return ["--task", "text-classification", *splits, "--num-train-epochs", "4"]
+
+
+def mnist(context: Context) -> list[str]:
+    """MNIST as folders of PNG files; a tenth of the training images, of each digit the last, is for validation."""
+    root = context.work / "mnist"
+    if not root.is_dir():
+        arrays = np.load(context.data / "mnist" / "mnist_small.npz")
+        seen: Counter[int] = Counter()
+        for split in ("train", "test"):
+            for number, (pixels, label) in enumerate(zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)):
+                seen[int(label)] += split == "train"
+                name = "validation" if split == "train" and seen[int(label)] > 270 else split
+                folder = root / name / str(label)
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    splits = (part for name in ("train", "validation", "test") for part in (f"--{name}-file", str(root / name)))
+    return list(splits)
+
+
+def spoken_digits(context: Context, column: str) -> list[str]:
+    """The splits of fsdd as index files with absolute paths; `column`: "label", or "text" with the digit as a word."""
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    source = context.data / "fsdd"
+    rows = pd.read_csv(source / "index.csv", dtype=str)
+    rows["path"] = [str(source / path) for path in rows["path"]]
+    rows["text"] = [words[int(label)] for label in rows["label"]]
+    arguments = []
+    for split, name in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        place = context.work / f"fsdd-{column}-{name}.csv"
+        rows[rows["split"] == split][["path", column]].to_csv(place, index=False)
+        arguments += [f"--{name}-file", str(place)]
+    return arguments
+
+
+def shakespeare(context: Context) -> list[str]:
+    """The usual split: the first nine tenths to train, half of the rest for validation, half for the test."""
+    text = (context.data / "shakespeare" / "input.txt").read_text(encoding="utf-8")
+    arguments = []
+    for name, start, end in (("train", 0.0, 0.9), ("validation", 0.9, 0.95), ("test", 0.95, 1.0)):
+        place = context.work / f"shakespeare-{name}.txt"
+        place.write_text(text[int(start * len(text)) : int(end * len(text))], encoding="utf-8")
+        arguments += [f"--{name}-file", str(place)]
+    return arguments
+
+
+EXPERIMENTS = (
+    Experiment(
+        "reviews-to-sst2",
+        "MiniLM trained on examples/reviews, asked about SST-2 dev",
+        reviews,
+        "accuracy, neutral left out",
+        without_neutral,
+        "majority class",
+        constant(444 / 872),
+    ),
+    Experiment(
+        "sst2",
+        "MiniLM on SST-2",
+        lambda c: [*files(c, "text-classification", "sst2", "train.csv", "dev.csv", "test.csv")],
+        "accuracy",
+        metric("accuracy"),
+        "majority class",
+        majority,
+    ),
+    Experiment(
+        "banking77",
+        "MiniLM on banking77",
+        lambda c: [
+            *("--task", "text-classification", "--train-file", str(c.data / "banking77" / "train.csv")),
+            *("--test-file", str(c.data / "banking77" / "test.csv"), "--learning-rate", "3e-4"),
         ],
-    }
+        "accuracy",
+        metric("accuracy"),
+        "majority class",
+        majority,
+    ),
+    Experiment(
+        "goemotions",
+        "MiniLM on GoEmotions (8,000 rows, several labels a text)",
+        lambda c: [*files(c, "text-classification", "goemotions", "train.jsonl", "dev.jsonl", "test.jsonl")],
+        "micro-F1",
+        metric("micro_f1"),
+        "always the most frequent emotion",
+        always_neutral,
+    ),
+    Experiment(
+        "wnut17",
+        "MiniLM on WNUT 2017",
+        lambda c: [
+            *files(c, "token-classification", "wnut17", "train.jsonl", "dev.jsonl", "test.jsonl"),
+            *("--num-train-epochs", "4", "--learning-rate", "2e-4"),
+        ],
+        "entity F1",
+        metric("f1"),
+        "no entity anywhere",
+        constant(0.0),
+    ),
+    Experiment(
+        "squad",
+        "MiniLM on the SQuAD subset (3,000 questions)",
+        lambda c: [
+            *files(c, "question-answering", "squad", "train.jsonl", "dev.jsonl", "dev.jsonl"),
+            *("--num-train-epochs", "2", "--learning-rate", "2e-4"),
+        ],
+        "F1 (on the set that chose the epoch)",
+        metric("f1"),
+        "three words at random",
+        random_span,
+    ),
+    Experiment(
+        "topics",
+        "MiniLM trained on the pairs of examples/topics, asked zero-shot",
+        lambda c: [
+            *("--task", "zero-shot-classification", "--num-train-epochs", "6"),
+            *(
+                part
+                for name in ("train", "validation", "test")
+                for part in (f"--{name}-file", f"examples/topics/{name}.csv")
+            ),
+        ],
+        "accuracy of entailment",
+        metric("accuracy"),
+        "majority class",
+        majority,
+    ),
+    Experiment(
+        "shakespeare-bert",
+        "BERT from scratch on Shakespeare, masked",
+        lambda c: ["--task", "fill-mask", *shakespeare(c), "--from-scratch", "bert", "--num-train-epochs", "6"],
+        "accuracy of a hidden word",
+        metric("accuracy", "validation"),
+        "the most frequent word",
+        frequent_word,
+    ),
+    Experiment(
+        "shakespeare-gpt2",
+        "GPT-2 from scratch on Shakespeare",
+        lambda c: [
+            *("--task", "text-generation", *shakespeare(c), "--num-train-epochs", "6", "--learning-rate", "2e-3"),
+            *("--from-scratch", "gpt2 n_layer=4 n_embd=256 n_head=4 n_positions=256 vocab_size=1024"),
+        ],
+        "nats per character",
+        metric("nats_per_character"),
+        "all 65 characters alike",
+        constant(math.log(65)),
+        lower_is_better=True,
+    ),
+    Experiment(
+        "mnist-vit",
+        "ViT from scratch on MNIST (3,000 images)",
+        lambda c: [
+            *("--task", "image-classification", *mnist(c), "--augment", "true", "--num-train-epochs", "30"),
+            *("--learning-rate", "2e-3", "--from-scratch", "vit"),
+        ],
+        "accuracy",
+        metric("accuracy"),
+        "majority class",
+        majority,
+    ),
+    Experiment(
+        "mnist-resnet",
+        "ResNet from scratch on MNIST (3,000 images)",
+        lambda c: [
+            *("--task", "image-classification", *mnist(c), "--num-train-epochs", "8"),
+            *("--learning-rate", "2e-3", "--from-scratch", "resnet"),
+        ],
+        "accuracy",
+        metric("accuracy"),
+        "majority class",
+        majority,
+    ),
+    Experiment(
+        "fsdd-ast",
+        "Audio Spectrogram Transformer from scratch on spoken digits (480 sounds)",
+        lambda c: [
+            *("--task", "audio-classification", *spoken_digits(c, "label"), "--augment", "true"),
+            *("--num-train-epochs", "40", "--learning-rate", "1e-3"),
+            *("--from-scratch", "audio-spectrogram-transformer max_length=128"),
+        ],
+        "accuracy",
+        metric("accuracy"),
+        "majority class",
+        majority,
+    ),
+    Experiment(
+        "fsdd-wav2vec2",
+        "Wav2Vec2 from scratch on spoken digits, written down",
+        lambda c: [
+            *("--task", "automatic-speech-recognition", *spoken_digits(c, "text"), "--augment", "true"),
+            *("--num-train-epochs", "40", "--learning-rate", "1e-3", "--from-scratch", "wav2vec2"),
+        ],
+        "word accuracy",
+        metric("word_accuracy"),
+        "the same word always",
+        constant(0.1),
+    ),
+    Experiment(
+        "mnist-vae",
+        "variational autoencoder on MNIST (3,000 images)",
+        lambda c: ["--task", "text-to-image", *mnist(c), "--from-scratch", "vae"],
+        "digits that mnist-vit names as asked for",
+        digits_named_rightly,
+        "any digit",
+        constant(0.1),
+    ),
+    Experiment(
+        "mnist-gan",
+        "generative adversarial network on MNIST (3,000 images)",
+        lambda c: ["--task", "text-to-image", *mnist(c), "--from-scratch", "gan"],
+        "digits that mnist-vit names as asked for",
+        digits_named_rightly,
+        "any digit",
+        constant(0.1),
+    ),
+)
 
 
 if __name__ == "__main__":

@@ -248,8 +248,8 @@ OVER_GRPC: dict[str, tuple[Sent, int]] = {
     "two tensors": (grpc_tensors(inputs=[tensor("a"), tensor("b")]), 422),
     "wrong datatype": (grpc_tensors(inputs=[tensor(1.0, datatype="FP32")]), 422),
     "no data": (grpc_tensors(inputs=[{"name": "t", "datatype": "x", "shape": [1]}]), 422),
-    "not utf-8": (grpc_tensors(b"\xff"), 400),
-    "one bad text": (grpc_tensors(b"a", b"\xff"), 400),
+    "not a text": (grpc_tensors(b"\xff"), 415),
+    "one not a text": (grpc_tensors(b"a", b"\xff"), 415),
     "endless id": (grpc_tensors(TEXT.encode(), id=LONG_ID), 422),
     "endless id and no tensor": (grpc_tensors(id=LONG_ID, inputs=[]), 422),
     "too many texts": (grpc_tensors(*[b"a"] * 1025), 413),
@@ -357,10 +357,10 @@ def test_a_good_batch_is_predicted_in_one_go(service: Service, batch: Any) -> No
 def failing_on_secret(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, failing on a row that holds SECRET with a message that quotes it."""
 
-    def failing(row: Any, headers: Any) -> Any:
+    def failing(row: Any, *more: Any) -> Any:
         if SECRET in str(row):
             raise KeyError(SECRET)
-        return function(row, headers)
+        return function(row, *more)
 
     return failing
 
