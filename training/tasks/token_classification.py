@@ -183,24 +183,26 @@ class TokenClassification(TrainingTask):
         """Precision, recall and F1 of entities, which are right if type, start and end are; in all and by type."""
         pairs = [_tagged(target, found) for target, found in zip(targets, predictions, strict=True)]
         expected, found = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        report = classification_report(expected, found, output_dict=True, zero_division=0)
+        # seqeval has no means of nothing.
+        report = classification_report(expected, found, output_dict=True, zero_division=0) if any(expected) else {}
+        total = report.pop("micro avg", {})
+        by_type = {kind: _figures(entry) for kind, entry in report.items() if not kind.endswith(" avg")}
         return {
             "rows": len(targets),
-            "f1": float(report["micro avg"]["f1-score"]),
-            "precision": float(report["micro avg"]["precision"]),
-            "recall": float(report["micro avg"]["recall"]),
-            "macro_f1": float(report["macro avg"]["f1-score"]),
-            "per_label": {
-                kind: {
-                    "precision": float(entry["precision"]),
-                    "recall": float(entry["recall"]),
-                    "f1": float(entry["f1-score"]),
-                    "rows": int(entry["support"]),
-                }
-                for kind, entry in report.items()
-                if not kind.endswith(" avg")
-            },
+            **{name: value for name, value in _figures(total).items() if name != "rows"},
+            "macro_f1": float(np.mean([entry["f1"] for entry in by_type.values()])) if by_type else 0.0,
+            "per_label": by_type,
         }
+
+
+def _figures(entry: Mapping[str, Any]) -> dict[str, float | int]:
+    """One line of seqeval's report."""
+    return {
+        "f1": float(entry.get("f1-score", 0.0)),
+        "precision": float(entry.get("precision", 0.0)),
+        "recall": float(entry.get("recall", 0.0)),
+        "rows": int(entry.get("support", 0)),
+    }
 
 
 def align(encoding: Encoding, tokens: Sequence[str], tags: Sequence[str]) -> list[str | None]:
