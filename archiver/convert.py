@@ -63,7 +63,10 @@ def _export(bundle: Bundle, precision: str, stage: Path) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"OpenVINO cannot convert this model ({reason}); build it with --backend torch") from error
     for port in converted.inputs:
-        port.get_node().set_partial_shape(openvino.PartialShape(list(task.inputs.shapes[port.get_any_name()])))
+        # Tracing may add a name of its own.
+        [name] = port.get_names() & task.inputs.shapes.keys()
+        port.get_tensor().set_names({name})
+        port.get_node().set_partial_shape(openvino.PartialShape(list(task.inputs.shapes[name])))
     converted.validate_nodes_and_infer_types()
     openvino.save_model(converted, stage / MODEL_FILE, compress_to_fp16=precision != "fp32")
 

@@ -96,7 +96,7 @@ def prepare(model: Any, features: Features, arguments: TrainerOptions, train: Da
     shortest = min(map(_seconds, train["path"])) * features.sampling_rate / features.ratio
     # Masking stretches of time fails on a batch of sounds that are not longer than one.
     if shortest <= getattr(model.config, "mask_time_length", 0) + 1:
-        model.config.mask_time_prob = 0.0
+        model.config.apply_spec_augment = False
 
 
 class Sounds(TorchDataset[dict[str, Any]]):

@@ -19,7 +19,10 @@ from handler.tasks.text_classification import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaClassificationParameters(CommonParameters):
-    """top_k: keep the k most probable labels (None: as the task does). function_to_apply: instead of the model's own activation."""
+    """top_k: keep the k most probable labels (None: as the task does).
+
+    function_to_apply: instead of the model's own activation.
+    """
 
     top_k: int | None = at_least(1)
     function_to_apply: Activation | None = None
