@@ -6,7 +6,7 @@
 
 from typing import TYPE_CHECKING
 
-from marble_client.answer import Answer, Input, ItemError, Json, Label, ModelInfo, ServedModel, Usage
+from marble_client.answer import Answer, Input, ItemError, Json, Label, ModelInfo, ServedModel, TextEnd, Token, Usage
 from marble_client.client import Client
 from marble_client.errors import (
     BadRequest,
@@ -50,7 +50,9 @@ __all__ = [
     "ServedModel",
     "ServerError",
     "StubsMissing",
+    "TextEnd",
     "Timeout",
+    "Token",
     "Tokens",
     "TooLarge",
     "Unauthorized",

@@ -21,6 +21,31 @@ class Label:
 
 
 @dataclass(frozen=True)
+class Token:
+    """One token of a generated text.
+
+    `text` is what it adds: "" for a special token and for all but the last token of a character. `logprob` is the
+    natural logarithm of its probability. `end` comes with the last token.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+    end: "TextEnd | None" = None
+
+
+@dataclass(frozen=True)
+class TextEnd:
+    """A generated text, whole. `finish_reason` is length, eos_token or stop_sequence; `seed` is None unless drawn."""
+
+    generated_text: str
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
 class ItemError:
     """The failure of one item of a list; its neighbours are unharmed."""
 

@@ -75,6 +75,8 @@ def _predict(args: argparse.Namespace, client: Client) -> int:
     parameters: dict[str, Json] = {name: value for name, value in given.items() if value is not None}
     parameters |= dict(args.parameter)
     single = len(inputs) == 1
+    if args.stream:
+        return _stream(args, client, inputs, parameters)
     if args.output is not None and not single:
         raise ValueError("--output takes the answer to one input, not to several")
     answer = client.predict(args.name, inputs[0] if single else inputs, parameters, version=args.model_version)
@@ -86,7 +88,7 @@ def _predict(args: argparse.Namespace, client: Client) -> int:
         except OSError as error:
             raise ValueError(f"--output {args.output}: {error.strerror}") from None
         return OK
-    shown = {**asdict(answer), "predictions": predictions} if args.details else predictions
+    shown = {**asdict(answer), "predictions": predictions} if args.details else _without_details(predictions)
     print(json.dumps(shown, ensure_ascii=False))
     if answer.usage.truncated:
         _say("text was cut to fit the model; --overflow window reads all of it, --overflow error refuses it")
@@ -95,6 +97,30 @@ def _predict(args: argparse.Namespace, client: Client) -> int:
         _say(f"{failed} of {len(inputs)} inputs failed")
         return REFUSED
     return OK
+
+
+def _stream(args: argparse.Namespace, client: Client, inputs: list[Input], parameters: dict[str, Json]) -> int:
+    """Prints a text as it is generated; with --details each token as a line of JSON."""
+    if not isinstance(client, RestClient):
+        raise ValueError("--stream goes over REST: leave --grpc out")
+    [prompt] = inputs if len(inputs) == 1 else [None]
+    if not isinstance(prompt, str):
+        raise ValueError("--stream goes on with one text, not with several, files or JSON")
+    for token in client.stream(args.name, prompt, parameters, version=args.model_version):
+        if args.details:
+            print(json.dumps(asdict(token), ensure_ascii=False), flush=True)
+        else:
+            print(token.text, end="" if token.end is None else "\n", flush=True)
+    return OK
+
+
+def _without_details(predictions: Json) -> Json:
+    """Predictions without what is told of each token of a generated text."""
+    if isinstance(predictions, list):
+        return [_without_details(entry) for entry in predictions]
+    if isinstance(predictions, dict) and "generated_text" in predictions:
+        return {name: value for name, value in predictions.items() if name != "details"}
+    return predictions
 
 
 def _ready(args: argparse.Namespace, client: Client) -> int:
@@ -245,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         "  marble predict sentiment -- '-5 degrees, and rain'\n"
         "  marble predict digits --file seven.png\n"
         '  marble predict qa --json \'{"question": "Who came?", "context": "Ann came late."}\'\n'
-        "  marble predict poet 'O Romeo' -p max_new_tokens=40 -p do_sample=true\n"
+        "  marble predict poet 'O Romeo' -p max_new_tokens=40 -p do_sample=true --stream\n"
         "  marble predict voice 'good morning' --output morning.wav",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -257,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--json", action="store_true", help='the texts are JSON, e.g. {"question": "…", "context": "…"}')
     add("--parameter", "-p", metavar="NAME=VALUE", type=_parameter, action="append", default=[], help="of the task")
     add("--output", metavar="FILE", type=Path, help="where to write the image or sound that the model answers with")
+    add("--stream", action="store_true", help="print a text as it is generated (over REST)")
     add("--details", action="store_true", help="print usage and the model's identity too")
     add("--top-k", metavar="N", type=int, help="how many labels")
     add("--function-to-apply", choices=["softmax", "sigmoid", "none"], help="how to score")

@@ -158,19 +158,19 @@ class TransportClient(Client):
         version: str | None = None,
         timeout: float | None = None,
     ) -> Answer[Json]:
-        _check(model, version)
+        check_model(model, version)
         body = encode_request(inputs, parameters)
         deadline = Deadline(self._timeout if timeout is None else timeout)
         return with_retries(lambda: decode_answer(self._predict(model, version, body, deadline)), deadline)
 
     def canary(self, model: str, *, version: str | None = None, timeout: float | None = None) -> float:
-        _check(model, version)
+        check_model(model, version)
         deadline = Deadline(self._timeout if timeout is None else timeout)
         answer = with_retries(lambda: decode_answer(self._predict(model, version, CANARY, deadline)), deadline)
         return decode_drift(answer.predictions)
 
     def ready(self, model: str, version: str | None = None) -> bool:
-        _check(model, version)
+        check_model(model, version)
         try:
             return self._described(model, version, Deadline(self._timeout)).ready_workers > 0
         except NotFound:
@@ -205,7 +205,8 @@ class TransportClient(Client):
         return with_retries(lambda: decode_description(self._describe(model, version, deadline)), deadline)
 
 
-def _check(model: str, version: str | None) -> None:
+def check_model(model: str, version: str | None) -> None:
+    """Raises ValueError for what can be no name or version of a model."""
     check_name(model, "model name")
     if version is not None:
         check_name(version, "model version")

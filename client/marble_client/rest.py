@@ -2,16 +2,19 @@
 
 import email.utils
 import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from urllib.parse import urlsplit
 
 import requests
 import urllib3
 
-from marble_client.client import TransportClient
+from marble_client.answer import Json, Token
+from marble_client.client import TransportClient, check_model
 from marble_client.errors import BadResponse, ConnectionFailed, MarbleError
-from marble_client.retry import Deadline
+from marble_client.retry import Deadline, with_retries
 from marble_client.tokens import bearer, is_loopback
-from marble_client.wire import decode_error
+from marble_client.wire import decode_error, decode_event, encode_request
 
 CHUNK_BYTES = 64 * 1024
 
@@ -34,6 +37,37 @@ class RestClient(TransportClient):
     def close(self) -> None:
         self._inference.close()
         self._management.close()
+
+    def stream(
+        self,
+        model: str,
+        prompt: str,
+        parameters: Mapping[str, Json] | None = None,
+        *,
+        version: str | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Token]:
+        """Generate text, one token at a time; returns when the first one is there.
+
+        Only 429, 503 and a refused connection before it are tried again. Closing the iterator hangs up; the server
+        generates on to the end.
+        """
+        check_model(model, version)
+        body = encode_request(prompt, parameters, stream=True)
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+
+        def begin() -> tuple[Token | None, Generator[Token]]:
+            tokens = self._tokens(f"/predictions/{_path(model, version)}", body, deadline)
+            return next(tokens, None), tokens
+
+        first, rest = with_retries(begin, deadline)
+        return _until_end(first, rest)
+
+    def _tokens(self, path: str, body: bytes, deadline: Deadline) -> Generator[Token]:
+        with closing(self._inference.lines(path, deadline, body)) as lines:
+            for line in lines:
+                if (token := decode_event(line)) is not None:
+                    yield token
 
     def _predict(self, model: str, version: str | None, body: bytes, deadline: Deadline) -> bytes:
         return self._inference.exchange("POST", f"/predictions/{_path(model, version)}", deadline, body=body)
@@ -65,6 +99,24 @@ class _Endpoint:
 
     def exchange(self, method: str, path: str, deadline: Deadline, body: bytes | None = None) -> bytes:
         """Send one request; returns the body of a good reply."""
+        with self._response(method, path, deadline, body) as response:
+            return self._content(response, deadline)
+
+    def lines(self, path: str, deadline: Deadline, body: bytes) -> Generator[bytes]:
+        """Send one request; yields the lines of a good reply as they come."""
+        with self._response("POST", path, deadline, body) as response:
+            if response.status_code >= 300:
+                self._content(response, deadline)
+            rest = b""
+            for chunk in _chunks(response, deadline):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from lines
+
+    @contextmanager
+    def _response(
+        self, method: str, path: str, deadline: Deadline, body: bytes | None
+    ) -> Iterator[requests.Response]:
+        """A reply whose body is yet to be read, in terms of our errors."""
         try:
             with self._session.request(
                 method,
@@ -76,13 +128,17 @@ class _Endpoint:
                 allow_redirects=False,
                 stream=True,
             ) as response:
-                content = _read(response, deadline)
+                yield response
         except (requests.Timeout, urllib3.exceptions.ReadTimeoutError) as error:
             raise deadline.missed() from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             if not deadline.allows(0):
                 raise deadline.missed() from error  # a send that timed out calls itself an aborted connection
             raise self._unreachable(error) from error
+
+    def _content(self, response: requests.Response, deadline: Deadline) -> bytes:
+        """The whole body of a reply. Raises the error that it is instead."""
+        content = b"".join(_chunks(response, deadline))
         if response.status_code >= 400:
             raise decode_error(response.status_code, content, _retry_after(response))
         if response.status_code >= 300:
@@ -109,9 +165,20 @@ def _path(model: str, version: str | None) -> str:
     return model if version is None else f"{model}/{version}"
 
 
-def _read(response: requests.Response, deadline: Deadline) -> bytes:
-    """The whole body, by the deadline even if it trickles: requests' timeout starts anew at every byte."""
-    chunks: list[bytes] = []
+def _until_end(first: Token | None, rest: Generator[Token]) -> Iterator[Token]:
+    """All tokens. Raises BadResponse if the last one is missing."""
+    token = first
+    with closing(rest):
+        while token is not None:
+            yield token
+            if token.end is not None:
+                return  # the server may keep the connection open a little longer
+            token = next(rest, None)
+    raise BadResponse("the stream broke off before the text was whole")
+
+
+def _chunks(response: requests.Response, deadline: Deadline) -> Iterator[bytes]:
+    """The body, by the deadline even if it trickles: requests' timeout starts anew at every byte."""
     while True:
         left = deadline.left()
         connection = response.raw.connection
@@ -119,8 +186,8 @@ def _read(response: requests.Response, deadline: Deadline) -> bytes:
             connection.sock.settimeout(left)
         chunk = response.raw.read1(CHUNK_BYTES, decode_content=True)
         if not chunk:
-            return b"".join(chunks)
-        chunks.append(chunk)
+            return
+        yield chunk
 
 
 def _retry_after(response: requests.Response) -> float | None:

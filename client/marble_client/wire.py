@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NoReturn, TypeVar
 
-from marble_client.answer import Answer, Input, ItemError, Json, Label, ModelInfo, ServedModel, Usage
+from marble_client.answer import Answer, Input, ItemError, Json, Label, ModelInfo, ServedModel, TextEnd, Token, Usage
 from marble_client.errors import BadResponse, MarbleError, error_for
 
 T = TypeVar("T")
@@ -25,9 +25,11 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def encode_request(inputs: Input, parameters: Mapping[str, Json] | None) -> bytes:
+def encode_request(inputs: Input, parameters: Mapping[str, Json] | None, *, stream: bool = False) -> bytes:
     """A request's body, bytes as base64. Raises ValueError or TypeError for what JSON cannot say, NaN included."""
-    request = {"inputs": inputs, "parameters": {**(parameters or {}), "details": True}}
+    request: dict[str, Input] = {"inputs": inputs, "parameters": {**(parameters or {}), "details": True}}
+    if stream:
+        request["stream"] = True
     # ASCII keeps lone surrogates, which UTF-8 cannot carry, as escapes.
     return json.dumps(request, ensure_ascii=True, allow_nan=False, default=_base64).encode("ascii")
 
@@ -45,13 +47,44 @@ def decode_answer(body: bytes) -> Answer[Json]:
     if item is not None:
         # gRPC carries no status of its own for these.
         raise error_for(item.code, item.type, item.error)
-    if not isinstance(reply, dict) or "predictions" not in reply:
+    if not isinstance(reply, dict) or not ({"predictions", "generated_text"} & reply.keys()):
         raise BadResponse("the reply has no 'predictions': this model was not built by Marble")
     usage, model = _take(reply, "usage", dict), _take(reply, "model", dict)
+    # Text generation has its predictions beside the rest, where the Inference API wants them.
+    beside = {name: value for name, value in reply.items() if name not in ("usage", "model")}
     return Answer(
-        reply["predictions"],
+        reply.get("predictions", beside),
         Usage(_take(usage, "tokens", int), _take(usage, "truncated", bool), _take(usage, "windows", int)),
         ModelInfo(_take(model, "name", str), _take(model, "version", str), _take(model, "digest", str)),
+    )
+
+
+def decode_event(line: bytes) -> Token | None:
+    """The token in a line of a stream, None for a line without one. Raises the error it carries instead."""
+    if not line.startswith(b"data:"):
+        return None
+    event = _parse(line.removeprefix(b"data:"))
+    if isinstance(event, dict) and "error" in event:
+        raise error_for(_take(event, "code", int), _take(event, "type", str), _take(event, "error", str))
+    token = _take(event, "token", dict)
+    return Token(
+        _take(token, "id", int),
+        _take(token, "text", str),
+        _number(token, "logprob"),
+        _take(token, "special", bool),
+        _text_end(event),
+    )
+
+
+def _text_end(event: Json) -> TextEnd | None:
+    if not isinstance(event, dict) or event.get("generated_text") is None:
+        return None
+    details = _take(event, "details", dict)
+    return TextEnd(
+        _take(event, "generated_text", str),
+        _take(details, "finish_reason", str),
+        _take(details, "generated_tokens", int),
+        None if details.get("seed") is None else _take(details, "seed", int),
     )
 
 
