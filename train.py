@@ -36,7 +36,6 @@ from training.tasks import Splits
 def main() -> None:
     options, arguments = parse(sys.argv[1:])
     task = tasks.load(options.task)
-    arguments.choose_by(task.metrics)
     place = Path(str(arguments.output_dir))
     bundle.check_place(place, overwrite=options.overwrite)
     checkpoints = place.with_name(f"{place.name}.checkpoints")
@@ -47,6 +46,7 @@ def main() -> None:
 
     transformers.set_seed(arguments.seed)
     splits = task.read(options, arguments.seed, base)
+    arguments.choose_by(splits.metrics or task.metrics)
     counts = {name: task.counts(rows, splits.labels) for name, rows in splits.named().items()}
     describe(speak, splits, counts)
 
@@ -89,7 +89,7 @@ def main() -> None:
             golden = bundle.write_golden(stage, engine, task.golden(known, engine.settings.max_length, arguments.seed))
             metrics = {
                 "task": options.task,
-                "primary": task.primary,
+                "primary": splits.primary or task.primary,
                 "labels": splits.labels,
                 "settings": settings,
                 "rows": {name: len(rows) for name, rows in splits.named().items()},
@@ -135,7 +135,7 @@ def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
     options, arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"unknown arguments: {' '.join(unknown)}; train.py --help lists those there are")
-    if options.from_scratch is not None and options.train_file is None:
+    if options.from_scratch is not None and options.train_file is None and tasks.load(options.task).trains:
         raise UserError("--from-scratch needs a --train-file: there is nothing to bundle in a model that knows nothing")
     if not 0 < options.validation_share < 1:
         raise UserError(f"--validation-share {options.validation_share}: give a share between 0 and 1, e.g. 0.1")

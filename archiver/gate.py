@@ -46,13 +46,13 @@ def check(bundle: Bundle, model_dir: Path, max_drop: float) -> Verdict:
     """
     engine = Engine(model_dir)
     task = tasks.load(bundle.settings.task)
-    metric, value, drift = task.primary.replace("_", "-"), None, None
+    metric, value, drift = bundle.metric.replace("_", "-"), None, None
     try:
         drift = golden.replay(engine, model_dir / golden.FILE_NAME)
         if bundle.validation:
             predictions = evaluation.predict(engine, bundle.validation)
             targets = [row["target"] for row in bundle.validation]
-            value = float(task.score(predictions, targets, bundle.labels)[task.primary])
+            value = float(task.score(predictions, targets, bundle.labels)[bundle.metric])
     except (golden.GoldenMismatch, RequestError) as error:
         return Verdict(metric, value, bundle.reference, drift, str(error))
     if value is not None and bundle.reference is not None:

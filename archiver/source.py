@@ -33,8 +33,8 @@ _WEIGHTS = ".safetensors"
 class Bundle:
     """A checked bundle.
 
-    validation: examples with `inputs`, `target` and perhaps `parameters`; reference: the task's metric of torch fp32 on
-    them, None if there are none.
+    validation: examples with `inputs`, `target` and perhaps `parameters`. metric: what is measured on them, e.g.
+    "accuracy"; reference: its value for torch fp32, None if there are no examples.
     """
 
     path: Path
@@ -42,6 +42,7 @@ class Bundle:
     task: type[Task]
     labels: list[str]
     validation: list[dict[str, Any]]
+    metric: str
     reference: float | None
 
     @property
@@ -94,10 +95,11 @@ def check(path: Path) -> Bundle:
     with _reading(path / "metrics.json") as file:
         metrics = json.loads(file.read_text(encoding="utf-8"))
         labels, scores = list(metrics["labels"]), metrics["splits"].get("validation")
-        reference = float(scores[metrics["primary"]]) if scores else None
+        metric = str(metrics["primary"])
+        reference = float(scores[metric]) if scores else None
         if bool(rows) != (reference is not None):
             raise ValueError("validation.jsonl and the validation metrics do not belong together")
-    return Bundle(path, settings, task, labels, rows, reference)
+    return Bundle(path, settings, task, labels, rows, metric, reference)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import yaml
 from handler import golden
 from handler.digests import sha256
 from handler.engine import Engine
-from handler.errors import TooLarge
+from handler.errors import InvalidInput, TooLarge
 from handler.messages import Request
 from training.base_model import BaseModel, weights_sha256
 from training.errors import UserError
@@ -74,9 +74,10 @@ def check_place(place: Path, *, overwrite: bool) -> None:
 
 
 def write_model(stage: Path, model: Any, processor: Any) -> None:
-    """Weights (safetensors, fp32), config and tokenizer or other processor, as `from_pretrained` loads them."""
+    """Weights (safetensors, fp32), config and tokenizer or other processor, if any, as `from_pretrained` loads them."""
     model.float().save_pretrained(stage)
-    processor.save_pretrained(stage)
+    if processor is not None:
+        processor.save_pretrained(stage)
 
 
 def write_model_config(stage: Path, task: str, settings: Mapping[str, Any]) -> None:
@@ -96,13 +97,13 @@ def write_lines(stage: Path, name: str, rows: Iterable[Any]) -> None:
 def write_golden(stage: Path, engine: Engine, examples: Sequence[Mapping[str, Any]]) -> int:
     """`golden.jsonl`: examples with the engine's answers. Returns how many.
 
-    What the overflow policy or a limit refuses has no answer to record, and is left out.
+    What the overflow policy, a limit or the model refuses has no answer to record, and is left out.
     """
     requests = [Request([example["inputs"]], example.get("parameters", {})) for example in examples]
     answered = [
         example
         for example, request in zip(examples, requests, strict=True)
-        if not isinstance(engine.predict([request])[0], TooLarge)
+        if not isinstance(engine.predict([request])[0], InvalidInput | TooLarge)
     ]
     (stage / golden.FILE_NAME).write_text(golden.record(engine, answered), encoding="utf-8")
     return len(answered)

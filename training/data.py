@@ -107,7 +107,7 @@ def columns(data: Dataset, path: Path, wanted: dict[str, str]) -> Dataset:
         if name not in data.column_names:
             raise UserError(
                 f"{path}: there is no column {name!r}; the file has {', '.join(map(repr, data.column_names))}; "
-                f"name the right one with --{standard}-column"
+                f"name the right one with --{standard.replace('_', '-')}-column"
             )
     return data.select_columns(list(wanted.values())).rename_columns(
         {name: standard for standard, name in wanted.items() if name != standard}
@@ -115,7 +115,7 @@ def columns(data: Dataset, path: Path, wanted: dict[str, str]) -> Dataset:
 
 
 def check_texts_and_labels(data: Dataset, path: Path, *, skip_bad_rows: bool) -> tuple[Dataset, int]:
-    """The rows with a text and a label, labels as strings (or ints as strings), and how many rows were left out.
+    """The rows with a text (or both texts of a pair) and a label as a string; and how many rows were left out.
 
     Raises UserError, naming the rows, for empty texts and missing labels unless they are to be skipped; and for
     labels that are numbers with a fraction, lists or objects.
@@ -127,7 +127,8 @@ def check_texts_and_labels(data: Dataset, path: Path, *, skip_bad_rows: bool) ->
     feature = data.features["label"]
     if isinstance(feature, ClassLabel):
         frame["label"] = [None if value < 0 else feature.names[value] for value in frame["label"]]
-    bad_text = frame["text"].map(lambda value: not isinstance(value, str) or not value.strip())
+    texts = [name for name in ("text", "text_pair") if name in frame]
+    bad_text = frame[texts].map(lambda value: not isinstance(value, str) or not value.strip()).any(axis=1)
     written = frame["label"].map(lambda value: "" if pd.isna(value) else str(value).strip())
     # In a csv file labels are strings: numbers may be nan, and 1.0 where 1 is meant.
     numbers = bool(written.str.fullmatch(r"(-?\d+(\.\d+)?|nan)?", case=False).all())
@@ -146,7 +147,7 @@ def check_texts_and_labels(data: Dataset, path: Path, *, skip_bad_rows: bool) ->
             raise UserError(f"{path}: labels are numbers with a fraction; text-classification needs names or integers")
         labels = labels.astype(int)
     frame["label"] = labels.map(lambda value: str(value).strip())
-    return Dataset.from_pandas(frame[["text", "label"]], preserve_index=False), int(bad.sum())
+    return Dataset.from_pandas(frame[[*texts, "label"]], preserve_index=False), int(bad.sum())
 
 
 def good_rows(

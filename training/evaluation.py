@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    r2_score,
+)
 from transformers import EvalPrediction
 
 from handler.engine import Engine
@@ -36,24 +45,93 @@ def predict(engine: Engine, examples: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def classification_metrics(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
     """Accuracy, macro-F1, the confusion matrix (rows: true label) and precision, recall, F1 and rows per label."""
-    precision, recall, f1, support = precision_recall_fscore_support(
-        expected, predicted, labels=labels, zero_division=0
-    )
     return {
         "rows": len(expected),
         "accuracy": float(accuracy_score(expected, predicted)),
         "macro_f1": float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0)),
         "labels": list(labels),
         "confusion_matrix": confusion_matrix(expected, predicted, labels=labels).tolist(),
-        "per_label": {
-            label: {
-                "precision": float(precision[index]),
-                "recall": float(recall[index]),
-                "f1": float(f1[index]),
-                "rows": int(support[index]),
-            }
-            for index, label in enumerate(labels)
-        },
+        "per_label": _per_label(
+            labels, precision_recall_fscore_support(expected, predicted, labels=labels, zero_division=0)
+        ),
+    }
+
+
+def multi_label_metrics(
+    expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """Macro- and micro-F1, the share of rows with exactly the right labels, and the figures of each label."""
+    true = np.array([[label in row for label in labels] for row in expected], dtype=bool).reshape(-1, len(labels))
+    found = np.array([[label in row for label in labels] for row in predicted], dtype=bool).reshape(-1, len(labels))
+    hits, claims, rows = (true & found).sum(axis=0), found.sum(axis=0), true.sum(axis=0)
+    f1 = 2 * hits / np.maximum(claims + rows, 1)
+    return {
+        "rows": len(expected),
+        **mark_metrics(true, found),
+        "labels": list(labels),
+        "per_label": _per_label(labels, (hits / np.maximum(claims, 1), hits / np.maximum(rows, 1), f1, rows)),
+    }
+
+
+def mark_metrics(true: NDArray[np.bool_], found: NDArray[np.bool_]) -> dict[str, float]:
+    """Macro- and micro-F1 and the share of exactly right rows; both arrays: [rows, labels], whether a label applies."""
+    hits, marks = (true & found).sum(axis=0), true.sum(axis=0) + found.sum(axis=0)
+    return {
+        "macro_f1": float((2 * hits / np.maximum(marks, 1)).mean()),
+        "micro_f1": float(2 * hits.sum() / max(1, marks.sum())),
+        "exact_match": float((true == found).all(axis=1).mean()),
+    }
+
+
+def regression_metrics(expected: ArrayLike, predicted: ArrayLike) -> dict[str, Any]:
+    """R² (0 where it is no better than the mean), correlations (0 where there is none), and mean errors."""
+    true, found = np.asarray(expected, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    return {
+        "rows": len(true),
+        "r2": max(0.0, float(r2_score(true, found))) if len(true) > 1 else 0.0,
+        "pearson": correlation(true, found),
+        "spearman": rank_correlation(true, found),
+        "mean_squared_error": float(np.mean((true - found) ** 2)),
+        "mean_absolute_error": float(np.mean(np.abs(true - found))),
+    }
+
+
+def correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Pearson's correlation, 0 where one of the two does not vary."""
+    return float(np.corrcoef(one, other)[0, 1]) if np.ptp(one) > 0 and np.ptp(other) > 0 else 0.0
+
+
+def rank_correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Spearman's correlation, 0 where one of the two does not vary."""
+    ranks = pd.DataFrame({"one": one, "other": other}).rank().to_numpy(dtype=np.float64)
+    return correlation(ranks[:, 0], ranks[:, 1])
+
+
+def best_thresholds(scores: NDArray[np.float64], targets: NDArray[np.float64]) -> list[float]:
+    """The threshold of each label by which its F1 is highest, 0.5 for one without an example.
+
+    scores and targets: [rows, labels]; a target is 1 where the label applies.
+    """
+    return [_best_threshold(scores[:, label], targets[:, label]) for label in range(scores.shape[1])]
+
+
+def _best_threshold(scores: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
+    if not targets.any():
+        return 0.5
+    precision, recall, found = precision_recall_curve(targets, scores)
+    # The last point of the curve, where nothing is found, has no threshold.
+    f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-12))[:-1]
+    best = int(np.argmax(f1))
+    below = scores[scores < found[best]]
+    # Halfway to the next score, so that a score may change a little without changing sides.
+    return float(found[best] + below.max()) / 2 if len(below) else float(found[best]) / 2
+
+
+def _per_label(labels: Sequence[str], figures: Any) -> dict[str, dict[str, Any]]:
+    """Precision, recall, F1 and rows by label; figures: one array of each."""
+    return {
+        label: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "rows": int(rows)}
+        for label, precision, recall, f1, rows in zip(labels, *figures, strict=True)
     }
 
 

@@ -55,6 +55,8 @@ def load_tokenizer(base: BaseModel, purpose: str, texts: Iterable[str] = ()) -> 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.location, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(f"--base-model {base.name}: its tokenizer has no tokenizer.json, which serving needs")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # as is usual with GPT-2, which has no padding token
     if tokenizer.pad_token_id is None:
         raise UserError(f"--base-model {base.name}: its tokenizer has no padding token; set one and save it first")
     return tokenizer

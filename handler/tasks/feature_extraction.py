@@ -99,6 +99,15 @@ class SentenceSettings:
         )
 
 
+def settings_files(model_dir: Path) -> list[str]:
+    """Names of the files that `SentenceSettings.load` reads, relative to the model's folder; those that there are."""
+    if not (model_dir / MODULES_FILE).exists():
+        return []
+    folders = [str(module.get("path")) for module in _read(model_dir / MODULES_FILE, list)]
+    names = [MODULES_FILE, ENCODER_FILE, MODEL_FILE, *(f"{folder}/config.json" for folder in folders if folder)]
+    return [name for name in names if (model_dir / name).is_file()]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureExtractionParameters(CommonParameters):
     """normalize: to unit length or not, instead of what the model's settings say. prompt_name: one of the model's.

@@ -16,11 +16,17 @@ from training.options import Options, TrainerOptions
 REGISTRY = {
     "audio-classification": "training.tasks.audio_classification:AudioClassification",
     "automatic-speech-recognition": "training.tasks.speech_recognition:SpeechRecognition",
+    "feature-extraction": "training.tasks.feature_extraction:FeatureExtraction",
+    "fill-mask": "training.tasks.fill_mask:FillMask",
     "image-classification": "training.tasks.image_classification:ImageClassification",
     "question-answering": "training.tasks.question_answering:QuestionAnswering",
+    "sentence-similarity": "training.tasks.sentence_similarity:SentenceSimilarity",
     "text-classification": "training.tasks.text_classification:TextClassification",
     "text-generation": "training.tasks.text_generation:TextGeneration",
+    "text-to-image": "training.tasks.text_to_image:TextToImage",
+    "text-to-speech": "training.tasks.text_to_speech:TextToSpeech",
     "token-classification": "training.tasks.token_classification:TokenClassification",
+    "zero-shot-classification": "training.tasks.zero_shot_classification:ZeroShotClassification",
 }
 _GOLDEN_EXAMPLES = 12
 
@@ -31,6 +37,7 @@ class Splits:
 
     train: None where an existing model is bundled as it is. labels: names in class order, empty if the task has none.
     skipped: rows left out by --skip-bad-rows. digests: SHA-256 (hex) of a split that is more than one file, by name.
+    metrics, primary: those of the task (see TrainingTask), where they depend on the data.
     """
 
     train: Dataset | None
@@ -39,6 +46,8 @@ class Splits:
     labels: list[str] = field(default_factory=list)
     skipped: int = 0
     digests: Mapping[str, str] = field(default_factory=dict)
+    metrics: tuple[str, ...] | None = None
+    primary: str | None = None
 
     def named(self) -> dict[str, Dataset]:
         """The splits that there are, by name."""
@@ -51,10 +60,12 @@ class TrainingTask(ABC):
 
     metrics: what an epoch can be judged by besides "loss"; the first is the default, "loss" if there are none.
     primary: the key of `score`'s result that stands for the whole, higher is better, from 0 to 1.
+    trains: whether its models can be trained; if not, a model from scratch keeps its random weights.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ()
     primary: ClassVar[str]
+    trains: ClassVar[bool] = True
 
     @abstractmethod
     def read(self, options: Options, seed: int, base: BaseModel) -> Splits:
@@ -66,7 +77,7 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def load(self, base: BaseModel, splits: Splits, options: Options) -> tuple[Any, Any]:
-        """The model to train and its processor: a tokenizer, image processor or feature extractor.
+        """The model to train and its processor: a tokenizer, image processor or feature extractor; None if it has none.
 
         Both have `save_pretrained`. Raises UserError if the base model cannot be loaded for this task.
         """

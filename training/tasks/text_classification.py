@@ -1,13 +1,13 @@
-"""Fine-tunes an encoder to put one label on a text."""
+"""Fine-tunes a model to put a label, several labels or a number on a text or a pair of texts."""
 
 import random
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -17,68 +17,63 @@ from transformers import (
     Trainer,
 )
 
-from training import data, evaluation, models, trainer
+from handler.tasks.text_classification import activate
+from training import data, evaluation, labelled_texts, models, trainer
 from training.base_model import BaseModel
 from training.errors import UserError
+from training.labelled_texts import MULTI, REGRESSION, SINGLE
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
 
 _USUAL_MAX_LENGTH = 256
 _GOLDEN_PER_LABEL = 4
+_GOLDEN_LABELS = 16
+_GOLDEN_EXAMPLES = 32  # where there are no single labels to take them by
 _CHARACTERS_PER_TOKEN = 20  # more than any language has on average
-_LONGEST_EXAMPLE = 1_000_000  # characters; a longer request is refused
+_LONGEST_EXAMPLE = 500_000  # characters; a longer request is refused
 # Texts unlike any in training: a model must answer them too, and the same way after every conversion.
 _GOLDEN_ODD = ("", "?", "Ünïcödé, 漢字 and 🙂", "word " * 40)
 
 
 class TextClassification(TrainingTask):
-    """One label for a text."""
+    """One label for a text, or as many as apply (each with a threshold of its own), or a number."""
 
     metrics: ClassVar[tuple[str, ...]] = ("macro_f1", "accuracy")
     primary: ClassVar[str] = "accuracy"
+    purpose: ClassVar[str] = "a text classifier"
 
     def read(self, options: Options, seed: int, base: BaseModel) -> Splits:
-        """Texts in the column `text`, class indices in `label`."""
-        skipped = 0
-        raw: dict[str, Dataset] = {}
-        for name, path in options.files().items():
-            rows = data.columns(data.read(path), path, {"text": options.text_column, "label": options.label_column})
-            raw[name], bad = data.check_texts_and_labels(rows, path, skip_bad_rows=options.skip_bad_rows)
-            skipped += bad
-        labels = data.label_names(raw["train"]["label"]) if "train" in raw else base.labels()
-        if len(labels) < 2:
-            raise UserError(
-                f"{options.train_file}: all rows have the label {labels[0]!r}; a classifier needs two or more"
-            )
-        encoded = {name: data.encode_labels(rows, labels, options.files()[name]) for name, rows in raw.items()}
-        train, validation = encoded.get("train"), encoded.get("validation")
-        if train is not None and validation is None:
-            path = Path(str(options.train_file))
-            train, validation = data.split_validation(train, options.validation_share, seed, path)
-        return Splits(train, validation, encoded.get("test"), labels, skipped)
+        """See `labelled_texts.read`."""
+        return labelled_texts.read(options, seed, base)
 
     def counts(self, rows: Dataset, labels: Sequence[str]) -> dict[str, int]:
-        """Rows per label."""
-        return data.balance(rows)
+        """Rows per label; nothing for a regression."""
+        kind = labelled_texts.problem(rows)
+        if kind == MULTI:
+            return dict(zip(labels, np.sum(rows["label"][:], axis=0).astype(int).tolist(), strict=True))
+        return data.balance(rows) if kind == SINGLE else {}
 
     def load(
         self, base: BaseModel, splits: Splits, options: Options
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A sequence classifier with the labels of the data."""
-        purpose = "a text classifier"
-        tokenizer = models.load_tokenizer(base, purpose, splits.train["text"] if splits.train else ())
+        rows = splits.train
+        texts = [text for name in labelled_texts.text_columns(rows) for text in rows[name]] if rows else ()
+        tokenizer = models.load_tokenizer(base, self.purpose, texts)
         model = models.load(
             base,
             AutoModelForSequenceClassification,
-            purpose,
+            self.purpose,
             tokenizer,
             num_labels=len(splits.labels),
             id2label=dict(enumerate(splits.labels)),
             label2id={label: index for index, label in enumerate(splits.labels)},
-            problem_type="single_label_classification",
+            problem_type=labelled_texts.problem(rows) if rows else labelled_texts.own_problem(base),
             **models.attention(),
         )
         model.config.pad_token_id = tokenizer.pad_token_id
+        if rows:
+            _prepare_head(model, rows, fresh=not _has_labels(base, splits.labels))
         return model, tokenizer
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
@@ -95,14 +90,21 @@ class TextClassification(TrainingTask):
         arguments: TrainerOptions,
         settings: Mapping[str, Any],
     ) -> Trainer:
-        """A Trainer over the tokenized texts."""
+        """A Trainer over the tokenized texts. A regression is learnt on values of mean 0 and deviation 1."""
+        assert splits.train is not None
+        columns = labelled_texts.text_columns(splits.train)
+        kind = labelled_texts.problem(splits.train)
+        mean, deviation = _scale(splits.train, _head(model)) if kind == REGRESSION else (0.0, 1.0)
 
         def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
-            encoded = processor(batch["text"], truncation=True, max_length=settings["max_length"])
-            return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+            encoded = processor(*(batch[name] for name in columns), truncation=True, max_length=settings["max_length"])
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            if kind == REGRESSION:
+                encoded["label"] = [(value - mean) / deviation for value in batch["label"]]
+            return {**encoded, "length": lengths}
 
         def features(rows: Dataset | None) -> Dataset | None:
-            return rows and rows.map(tokenize, batched=True, remove_columns=["text"], keep_in_memory=True)
+            return rows and rows.map(tokenize, batched=True, remove_columns=columns, keep_in_memory=True)
 
         return trainer.build(
             model,
@@ -112,36 +114,133 @@ class TextClassification(TrainingTask):
             train=features(splits.train),
             validation=features(splits.validation),
             collator=DataCollatorWithPadding(processor, pad_to_multiple_of=8),
-            metrics=_metrics,
+            metrics=_METRICS[kind],
         )
 
+    def learned(
+        self, trainer: Trainer, splits: Splits, options: Options, settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The thresholds of several labels. A regression's head is brought to the scale of the data."""
+        assert splits.train is not None
+        kind = labelled_texts.problem(splits.train)
+        if kind == REGRESSION:
+            head = _head(trainer.model)
+            mean, deviation = _scale(splits.train, head)
+            _rescale(head, deviation, mean)
+        if kind != MULTI:
+            return {}
+        found = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
+        scores = activate(np.asarray(found.predictions, dtype=np.float64), "sigmoid")
+        thresholds = evaluation.best_thresholds(scores, np.asarray(found.label_ids))
+        return {"options": {"thresholds": dict(zip(splits.labels, thresholds, strict=True))}}
+
     def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
-        """A text and its label's name."""
+        """A text or pair, and the name of its label, a list of names, or a number."""
+        kind = labelled_texts.problem(rows)
+        targets: list[Any] = rows["label"][:]
+        parameters: dict[str, Any] = {"overflow": "truncate"}
+        if kind == SINGLE:
+            targets = [labels[label] for label in targets]
+        elif kind == MULTI:
+            targets = [[label for label, mark in zip(labels, marks, strict=True) if mark] for marks in targets]
+            parameters["threshold"] = "learned"
         return [
-            {"inputs": text[:_LONGEST_EXAMPLE], "parameters": {"overflow": "truncate"}, "target": labels[label]}
-            for text, label in zip(rows["text"], rows["label"], strict=True)
+            {"inputs": value, "parameters": parameters, "target": target}
+            for value, target in zip(labelled_texts.inputs(rows, _LONGEST_EXAMPLE), targets, strict=True)
         ]
 
     def golden(self, examples: Sequence[Mapping[str, Any]], max_length: int, seed: int) -> list[dict[str, Any]]:
-        """Texts of each label, over-long and odd ones."""
+        """Texts or pairs of each label, an over-long one and odd ones."""
         shuffled = random.Random(seed).sample(list(examples), len(examples))
-        texts: list[str] = []
-        for label in sorted({example["target"] for example in examples})[:16]:
-            texts += [e["inputs"] for e in shuffled if e["target"] == label][:_GOLDEN_PER_LABEL]
-        longest = max((example["inputs"] for example in examples), key=len, default="a text")
+        names = sorted({e["target"] for e in shuffled if isinstance(e["target"], str)})[:_GOLDEN_LABELS]
+        chosen = [e for name in names for e in [e for e in shuffled if e["target"] == name][:_GOLDEN_PER_LABEL]]
+        inputs = [example["inputs"] for example in chosen or shuffled[:_GOLDEN_EXAMPLES]]
+        longest = max((example["inputs"] for example in examples), key=_size, default="a text")
         enough = max_length * _CHARACTERS_PER_TOKEN
-        too_long = (f"{longest} " * (1 + enough // len(longest)))[:enough]
-        return [{"inputs": text} for text in (*texts, longest, too_long, *_GOLDEN_ODD)]
+        odd: list[Any] = [_repeated(longest, enough), *_GOLDEN_ODD]
+        if isinstance(longest, dict):
+            odd = [{**longest, "text": text} for text in odd] + [
+                {"text": text, "text_pair": text} for text in _GOLDEN_ODD
+            ]
+        return [{"inputs": value} for value in (*inputs, longest, *odd)]
 
     def score(self, predictions: Sequence[Any], targets: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
-        """Accuracy, macro-F1 and the confusion matrix of the most probable labels."""
+        """Metrics of labels, lists of labels or numbers, whichever the targets are."""
+        if isinstance(targets[0], list):
+            found = [[entry["label"] for entry in entries] for entries in predictions]
+            return evaluation.multi_label_metrics(targets, found, labels)
+        if isinstance(targets[0], float):
+            return evaluation.regression_metrics(targets, [entries[0]["score"] for entries in predictions])
         return evaluation.classification_metrics(targets, [entries[0]["label"] for entries in predictions], labels)
 
 
-def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    predicted = np.argmax(prediction.predictions, axis=-1)
-    expected = prediction.label_ids
-    return {
-        "macro_f1": float(f1_score(expected, predicted, average="macro", zero_division=0)),
-        "accuracy": float(accuracy_score(expected, predicted)),
-    }
+def _multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """What an epoch is judged by: F1 with the thresholds that would be learnt after it."""
+    scores = activate(np.asarray(prediction.predictions, dtype=np.float64), "sigmoid")
+    targets = np.asarray(prediction.label_ids)
+    return evaluation.mark_metrics(targets > 0, scores >= np.array(evaluation.best_thresholds(scores, targets)))
+
+
+def _regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """What an epoch is judged by; the scale of the values makes no difference to these."""
+    figures = evaluation.regression_metrics(np.ravel(prediction.label_ids), np.ravel(prediction.predictions))
+    return {name: figures[name] for name in ("r2", "pearson")}
+
+
+_METRICS: dict[str, Callable[[EvalPrediction], dict[str, float]]] = {
+    SINGLE: evaluation.label_metrics,
+    MULTI: _multi_label_metrics,
+    REGRESSION: _regression_metrics,
+}
+
+
+def _has_labels(base: BaseModel, labels: Sequence[str]) -> bool:
+    """Whether a base model has a head for these very labels, which training goes on with."""
+    try:
+        return base.spec is None and base.labels() == list(labels)
+    except UserError:
+        return False
+
+
+def _prepare_head(model: PreTrainedModel, rows: Dataset, *, fresh: bool) -> None:
+    """Gives the head what is known before training."""
+    kind, head = labelled_texts.problem(rows), _head(model)
+    if kind == MULTI and fresh and head.bias is not None:
+        # From a head that holds every label for even odds, rare ones are not learnt at all. Half a row is added to both
+        # sides, because a label may be on no row or on all.
+        marks = np.array(rows["label"][:], dtype=np.float64).sum(axis=0)
+        odds = (marks + 0.5) / (len(rows) - marks + 0.5)
+        head.bias.data.copy_(torch.from_numpy(np.log(odds)))
+    elif kind == REGRESSION and not fresh:
+        mean, deviation = _scale(rows, head)
+        _rescale(head, 1 / deviation, -mean / deviation)
+
+
+def _head(model: Any) -> nn.Linear:
+    """The layer that gives the logits."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return next(layer for layer in reversed(layers) if layer.out_features == model.config.num_labels)
+
+
+def _scale(rows: Dataset, head: nn.Linear) -> tuple[float, float]:
+    """Mean and standard deviation of a regression's values; a head without a bias, as GPT-2's, cannot move the mean."""
+    values = np.array(rows["label"][:], dtype=np.float64)
+    return (float(values.mean()) if head.bias is not None else 0.0), float(values.std())
+
+
+def _rescale(head: nn.Linear, factor: float, offset: float) -> None:
+    """Makes a head give `factor` times what it gave, plus `offset`, which must be 0 for one without a bias."""
+    head.weight.data.mul_(factor)
+    if head.bias is not None:
+        head.bias.data.mul_(factor).add_(offset)
+
+
+def _size(value: Any) -> int:
+    """Characters of a text or pair."""
+    return len(value) if isinstance(value, str) else sum(map(len, value.values()))
+
+
+def _repeated(value: Any, enough: int) -> str:
+    """The text, or the first of a pair, over and over, to the length of `enough` characters."""
+    text = value if isinstance(value, str) else value["text"]
+    return (f"{text} " * (1 + enough // len(text)))[:enough]
