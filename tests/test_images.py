@@ -3,24 +3,55 @@
 import base64
 import io
 import json
+import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
+import huggingface_hub
 import numpy as np
 import pytest
+import requests
+import torch
 import transformers
-from conftest import OFFLINE, ROOT
+from conftest import OFFLINE, ROOT, Served, build, run, succeeded
+from datasets import Dataset
 from numpy.typing import NDArray
 from PIL import Image
 from transformers.image_utils import load_image
 
-from handler.errors import InvalidInput, RequestError, TooLarge, UnreadableRequest, UnsupportedMediaType
+import marble_client
+from handler.engine import Engine
+from handler.errors import (
+    InvalidInput,
+    InvalidParameter,
+    Overloaded,
+    RequestError,
+    TooLarge,
+    UnreadableRequest,
+    UnsupportedMediaType,
+)
 from handler.inputs import Encoded
 from handler.inputs.images import ImageInputs, ImageProcessor, decode
+from handler.messages import Request, Result
+from marble_client.stubs import (
+    inference_pb2,
+    inference_pb2_grpc,
+    open_inference_grpc_pb2,
+    open_inference_grpc_pb2_grpc,
+)
+from training import base_model, bundle
+from training.base_model import BaseModel
+from training.errors import UserError
+from training.options import Options
+from training.tasks import Splits
+from training.tasks.image_classification import ImageClassification, TrainingImages
 
 
 def image(width: int = 40, height: int = 30, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -370,3 +401,504 @@ def test_what_an_image_costs_is_known_before_it_is_decoded(tmp_path: Path) -> No
     assert reader.size(reader.read(png_header(5, 90))) == 224 * 4032
     reader = inputs(tmp_path, PROCESSORS["crop alone"])
     assert reader.size(reader.read(png_header(1, 1))) == 27 * 50
+
+
+# --- predictions
+
+LABELS = [str(digit) for digit in range(10)]
+NAMES: dict[str, Any] = {"id2label": dict(enumerate(LABELS)), "label2id": {name: int(name) for name in LABELS}}
+WIDE = {"initializer_range": 0.3}  # weights that give a model preferences, unlike those near zero
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, **WIDE}
+SQUARE = {"height": 28, "width": 28}
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "vit": (
+        transformers.ViTConfig(image_size=28, patch_size=7, **SMALL, **NAMES),
+        transformers.ViTImageProcessorPil(size=SQUARE),
+    ),
+    "deit": (
+        transformers.DeiTConfig(
+            image_size=24, patch_size=6, architectures=["DeiTForImageClassification"], **SMALL, **NAMES
+        ),
+        transformers.DeiTImageProcessorPil(size=SQUARE, crop_size={"height": 24, "width": 24}),
+    ),
+    "resnet": (
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **NAMES),
+        transformers.ConvNextImageProcessorPil(size={"shortest_edge": 28}),
+    ),
+    "convnext": (
+        transformers.ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], **WIDE, **NAMES),
+        transformers.ConvNextImageProcessorPil(size={"shortest_edge": 40}, do_center_crop=True, crop_size=SQUARE),
+    ),
+    "swin": (
+        transformers.SwinConfig(
+            image_size=32, patch_size=4, window_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], **WIDE, **NAMES
+        ),
+        transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def digits(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of MNIST digits as PNG files: train/<digit>/, and test/ with an index.csv."""
+    folder = tmp_path_factory.mktemp("digits")
+    with np.load(shared / "mnist" / "mnist_small.npz") as arrays:
+        train, test = (list(zip(arrays[f"x_{part}"], arrays[f"y_{part}"], strict=True)) for part in ("train", "test"))
+    for number, (pixels, label) in enumerate(train[:400]):
+        (folder / "train" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "train" / str(label) / f"{number}.png")
+    (folder / "test").mkdir()
+    rows = ["path,label"]
+    for number, (pixels, label) in enumerate(test[:100]):
+        Image.fromarray(pixels).save(folder / "test" / f"{number}.png")
+        rows.append(f"{number}.png,{label}")
+    (folder / "test" / "index.csv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hundred(digits: Path) -> list[Path]:
+    files = sorted((digits / "test").glob("*.png"))
+    assert len(files) == 100
+    return files
+
+
+def model_folder(folder: Path, config: Any, processor: Any, **settings: Any) -> Path:
+    transformers.set_seed(3)
+    model = transformers.AutoModelForImageClassification.from_config(config).eval()
+    folder.mkdir(exist_ok=True)
+    bundle.write_model(folder, model, processor)
+    bundle.write_model_config(folder, "image-classification", settings)
+    return folder
+
+
+def predictions(engine: Engine, contents: list[Any], **parameters: Any) -> list[Any]:
+    [result] = engine.predict([Request(contents, parameters, many=True)])
+    assert isinstance(result, Result)
+    return list(result.predictions)
+
+
+def by_label(entries: Any) -> dict[str, float]:
+    return {entry["label"]: entry["score"] for entry in entries}
+
+
+def pipeline_scores(folder: Path, files: list[Path], **parameters: Any) -> list[dict[str, float]]:
+    reference = transformers.pipeline("image-classification", str(folder), device="cpu")
+    return [by_label(entries) for entries in reference([str(file) for file in files], top_k=10, **parameters)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predictions_equal_the_transformers_pipeline(family: str, hundred: list[Path], tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / family, *FAMILIES[family])
+    contents = [file.read_bytes() for file in hundred]
+    engine = Engine(folder, threads=1)
+    found = predictions(engine, contents, top_k=10)
+    wanted = pipeline_scores(folder, hundred)
+    assert max(np.ptp([entry[label] for entry in wanted]) for label in LABELS) > 0.01  # it does look at the image
+    for one, other in zip(found, wanted, strict=True):
+        assert by_label(one) == pytest.approx(other, abs=1e-4)
+        assert [entry["score"] for entry in one] == sorted((entry["score"] for entry in one), reverse=True)
+    found = predictions(engine, contents[:10], top_k=10, function_to_apply="none")
+    for one, other in zip(found, pipeline_scores(folder, hundred[:10], function_to_apply="none"), strict=True):
+        assert by_label(one) == pytest.approx(other, abs=1e-4)
+
+
+def test_predictions_of_a_grey_model_equal_its_parts(hundred: list[Path], tmp_path: Path) -> None:
+    """The pipeline makes every image RGB, which a model of one channel cannot take."""
+    config = transformers.ViTConfig(image_size=28, patch_size=7, num_channels=1, **SMALL, **NAMES)
+    processor = transformers.ViTImageProcessorPil(size=SQUARE, image_mean=[0.5], image_std=[0.5])
+    folder = model_folder(tmp_path / "grey", config, processor)
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    with torch.inference_mode():
+        pixels = processor([Image.open(file) for file in hundred], return_tensors="pt")["pixel_values"]
+        wanted = model(pixel_values=pixels).logits.softmax(dim=-1).numpy()
+    found = predictions(Engine(folder, threads=1), [file.read_bytes() for file in hundred], top_k=10)
+    for entries, scores in zip(found, wanted, strict=True):
+        assert by_label(entries) == pytest.approx(dict(zip(LABELS, scores, strict=True)), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine(model_folder(tmp_path_factory.mktemp("models") / "vit", *FAMILIES["vit"]), threads=1)
+
+
+def outcome(engine: Engine, value: Any, **parameters: Any) -> Any:
+    [result] = engine.predict([Request([value], parameters)])
+    return result.predictions[0] if isinstance(result, Result) else result
+
+
+def test_five_labels_are_answered_unless_asked_otherwise(engine: Engine) -> None:
+    content = saved(image())
+    full = outcome(engine, content, top_k=10)
+    assert len(full) == 10
+    assert outcome(engine, content) == outcome(engine, content, top_k=None) == full[:5]
+    assert outcome(engine, content, top_k=2) == full[:2]
+    assert outcome(engine, content, top_k=99) == full
+    assert sum(entry["score"] for entry in full) == pytest.approx(1)
+    raw = by_label(outcome(engine, content, top_k=10, function_to_apply="none"))
+    squashed = by_label(outcome(engine, content, top_k=10, function_to_apply="sigmoid"))
+    assert squashed == pytest.approx({label: 1 / (1 + np.exp(-value)) for label, value in raw.items()})
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"top_k": 0}, {"top_k": "5"}, {"top_k": 2.0}, {"function_to_apply": "argmax"}, {"threshold": 0.5}],
+)
+def test_unknown_and_ill_typed_parameters_are_refused(engine: Engine, parameters: dict[str, Any]) -> None:
+    error = outcome(engine, saved(image()), **parameters)
+    assert isinstance(error, InvalidParameter)
+    assert next(iter(parameters)) in str(error)
+
+
+def test_an_image_that_cannot_be_read_fails_alone(engine: Engine) -> None:
+    good = saved(image())
+    requests = [
+        Request([good]),
+        Request([good[:900]]),
+        Request([good, png_header(50, 50), "https://example.org/a.png", b"text", good], many=True),
+        Request([good], {"top_k": 0}),
+        Request([good]),
+    ]
+    first, cut, several, wrong, last = engine.predict(requests)
+    assert isinstance(first, Result)
+    assert isinstance(cut, UnreadableRequest)
+    assert isinstance(wrong, InvalidParameter)
+    assert isinstance(last, Result)
+    assert isinstance(several, Result)
+    assert several.predictions[0] == several.predictions[4]
+    assert [type(entry) for entry in several.predictions[1:4]] == [
+        UnreadableRequest,
+        InvalidInput,
+        UnsupportedMediaType,
+    ]
+    assert (last.usage.tokens, last.usage.truncated, last.usage.windows) == (0, False, 1)
+    for found in (several.predictions[0], last.predictions[0]):
+        assert by_label(found) == pytest.approx(by_label(first.predictions[0]), abs=1e-6)
+
+
+def test_pixels_are_rationed_before_anything_is_decoded(tmp_path: Path) -> None:
+    limited = Engine(model_folder(tmp_path / "vit", *FAMILIES["vit"]), threads=1, max_pixels=2000)
+    small, broken_if_decoded = saved(image(40, 30)), png_header(50, 50)
+    assert len(outcome(limited, small)) == 5
+    for value, pixels in ((broken_if_decoded, 2500), (png_header(8000, 8000), 64_000_000)):
+        error = outcome(limited, value)
+        assert isinstance(error, TooLarge)
+        assert f"the image has {pixels} pixels; at most 2000 are taken" in str(error)
+    [error] = limited.predict([Request([small, small], many=True)])
+    assert isinstance(error, TooLarge)
+    assert "2400 pixels" in str(error)
+    outcomes = limited.predict([Request([small])] * 8)
+    assert [type(entry) for entry in outcomes] == [Result] * 6 + [Overloaded] * 2
+
+
+# --- training
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet trained from scratch on a folder of digits, by train.py."""
+    place = tmp_path_factory.mktemp("bundles") / "digits"
+    succeeded(
+        run(
+            *(sys.executable, ROOT / "train.py", "--task", "image-classification", "--from-scratch", "resnet"),
+            *("--train-file", digits / "train", "--test-file", digits / "test", "--output-dir", place),
+            *("--num-train-epochs", 5, "--learning-rate", 3e-3, "--per-device-train-batch-size", 16),
+            OMP_NUM_THREADS="1",
+        )
+    )
+    return place
+
+
+@pytest.fixture(scope="module")
+def grey(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT of one channel, trained for a few steps on an index."""
+    place = tmp_path_factory.mktemp("bundles") / "grey"
+    spec = "vit image_size=28 patch_size=7 hidden_size=32 num_hidden_layers=1 num_attention_heads=2 num_channels=1"
+    succeeded(
+        run(
+            *(sys.executable, ROOT / "train.py", "--task", "image-classification", "--from-scratch", spec),
+            *("--train-file", digits / "test" / "index.csv", "--output-dir", place, "--max-steps", 4),
+            *("--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false", "--augment"),
+            OMP_NUM_THREADS="1",
+        )
+    )
+    return place
+
+
+def test_training_learns_and_says_so(trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["primary"] == "accuracy"
+    assert metrics["labels"] == LABELS
+    assert metrics["rows"] == {"train": 360, "validation": 40, "test": 100}
+    scores = metrics["splits"]["test"]
+    most = max(map(sum, scores["confusion_matrix"])) / 100
+    assert scores["accuracy"] > 3 * most  # of answering one digit always
+    assert 0 < scores["macro_f1"] <= 1
+    assert len(scores["confusion_matrix"]) == 10
+    assert len(metrics["epochs"]) == 5
+    sources = json.loads((trained / "provenance.json").read_text())["data"]
+    assert sources["train"]["file"] == "train"
+    assert len({sources["train"]["sha256"], sources["test"]["sha256"]}) == 2
+    assert "image-classification" in (trained / "README.md").read_text()
+
+
+def test_a_bundle_is_a_model_that_transformers_loads(trained: Path, grey: Path, hundred: list[Path]) -> None:
+    assert by_label(outcome(Engine(trained, threads=1), hundred[0].read_bytes(), top_k=10)) == pytest.approx(
+        pipeline_scores(trained, hundred[:1])[0], abs=1e-4
+    )
+    processor = transformers.AutoImageProcessor.from_pretrained(grey)
+    assert (dict(processor.size), list(processor.image_mean)) == (SQUARE, [0.5])
+    assert transformers.AutoConfig.from_pretrained(grey).num_channels == 1
+    for bundled in (trained, grey):
+        for line in (bundled / "golden.jsonl").read_text().splitlines():
+            assert len(json.loads(line)["predictions"]) == 10
+
+
+def test_training_pixels_are_those_of_the_served_model(trained: Path, digits: Path) -> None:
+    paths = sorted(map(str, (digits / "train").rglob("*.png")))[:6]
+    rows = Dataset.from_dict({"path": paths, "label": [0] * 6})
+    processor = ImageProcessor.load(trained, 3)
+    plain, moved = TrainingImages(rows, processor), TrainingImages(rows, processor, augment=True)
+    reader = ImageInputs(trained, {})
+    served = pixel_values(reader, *(Path(path).read_bytes() for path in paths))
+    np.testing.assert_array_equal(processor.normalise(np.stack([plain[index][0] for index in range(6)])), served)
+    torch.manual_seed(1)
+    once, twice = moved[0][0], moved[0][0]
+    assert once.shape == twice.shape == plain[0][0].shape
+    assert not np.array_equal(once, twice)
+    assert abs(float(once.mean()) - float(plain[0][0].mean())) < 20
+
+
+def load(location: Path, splits: Splits) -> tuple[Any, Any]:
+    options = Options(base_model=str(location))
+    return ImageClassification().load(base_model.resolve(str(location)), splits, options)
+
+
+def test_a_trained_model_is_a_base_for_other_labels_and_is_bundled_as_it_is(trained: Path) -> None:
+    model, processor = load(trained, Splits(None, None, None, ["cat", "dog"]))
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    assert dict(processor.size) == SQUARE
+    base = base_model.resolve(str(trained))
+    splits = ImageClassification().read(Options(base_model=str(trained)), 7, base)
+    assert splits == Splits(None, None, None, LABELS)
+    same, _ = load(trained, splits)
+    before = transformers.AutoModelForImageClassification.from_pretrained(trained).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in same.state_dict().items())
+    # Without examples there are still images to prove the model by.
+    assert len(ImageClassification().golden([], 512, 7)) == 3
+
+
+def test_what_cannot_be_trained_or_served_is_refused(trained: Path, digits: Path, tmp_path: Path) -> None:
+    task, nothing = ImageClassification(), BaseModel("", "none", None, None)
+    with pytest.raises(UserError, match=r"image-classification needs --base-model, .* or --from-scratch"):
+        task.read(Options(train_file=str(digits / "train")), 7, nothing)
+    base = base_model.resolve(None, "vit")
+    write_bad = tmp_path / "images" / "0"
+    write_bad.mkdir(parents=True)
+    (write_bad / "cut.png").write_bytes(saved(image())[:500])
+    (write_bad / "huge.png").write_bytes(png_header(9000, 9000))
+    (write_bad / "notes.txt").write_bytes(b"a text")
+    with pytest.raises(UserError) as caught:
+        task.read(Options(train_file=str(tmp_path / "images")), 7, base)
+    lines = str(caught.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines[1:]] == [
+        "  row 1 (0/cut.png)",
+        "  row 2 (0/huge.png)",
+        "  row 3 (0/notes.txt)",
+    ]
+    for line, reason in zip(lines[1:], ("broken or cut off", "81000000 pixels", "send PNG"), strict=True):
+        assert reason in line
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    transformers.LevitImageProcessorPil().save_pretrained(other)
+    with pytest.raises(UserError, match="an image classifier that can be served: image_processor_type 'Levit'"):
+        load(other, Splits(None, None, None, LABELS))
+    with pytest.raises(UserError, match="cannot be loaded as an image classifier"):
+        task.load(base_model.resolve(None), Splits(None, None, None, LABELS), Options())
+
+
+def test_a_model_of_any_size_takes_the_size_of_its_images(digits: Path, tmp_path: Path) -> None:
+    base = base_model.resolve(None, "resnet")
+    splits = ImageClassification().read(Options(train_file=str(digits / "train")), 7, base)
+    assert dict(ImageClassification().load(base, splits, Options())[1].size) == SQUARE
+    for label in "ab":
+        for number in range(4):
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{number}.jpg").write_bytes(saved(image(300, 200 + number), "JPEG"))
+    splits = ImageClassification().read(Options(train_file=str(tmp_path), validation_share=0.3), 7, base)
+    processor = ImageClassification().load(base, splits, Options())[1]
+    assert dict(processor.size) == {"height": 224, "width": 224}
+
+
+# --- archives, served
+
+
+@pytest.fixture(scope="module")
+def archives(trained: Path, grey: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store: digits (OpenVINO) and grey (torch)."""
+    folder = tmp_path_factory.mktemp("model_store")
+    succeeded(build(trained, folder, "--name", "digits", "--backend", "openvino", "--precision", "fp32"))
+    succeeded(build(grey, folder, "--name", "grey", "--backend", "torch", "--precision", "fp32"))
+    return folder
+
+
+def test_openvino_equals_the_transformers_pipeline(
+    trained: Path, archives: Path, hundred: list[Path], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(archives / "digits.mar") as file:
+        file.extractall(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    engine = Engine(tmp_path)
+    assert engine.settings.backend == "openvino"
+    found = predictions(engine, [file.read_bytes() for file in hundred], top_k=10)
+    for entries, wanted in zip(found, pipeline_scores(trained, hundred), strict=True):
+        assert by_label(entries) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def served(start_server: Callable[..., Served], archives: Path) -> Served:
+    return start_server(archives)
+
+
+@pytest.fixture
+def same_workers(served: Served) -> Iterator[None]:
+    """The test must leave every worker alive: the same process ids after as before."""
+    before = served.workers()
+    assert before
+    yield
+    assert served.workers() == before
+
+
+def post(served: Served, path: str, body: Any, content_type: str | None = None) -> requests.Response:
+    """POSTs bytes as they are, anything else as JSON."""
+    headers = {"Authorization": f"Bearer {served.token}"} | ({"Content-Type": content_type} if content_type else {})
+    data = {"data": body} if isinstance(body, bytes) else {"json": body}
+    return requests.post(f"{served.url}{path}", **data, headers=headers, timeout=60)
+
+
+def metadata(served: Served) -> list[tuple[str, str]]:
+    return [("protocol", "gRPC"), ("authorization", f"Bearer {served.token}")]
+
+
+def grpc_prediction(served: Served, model: str, body: bytes) -> Any:
+    with grpc.insecure_channel(served.grpc) as channel:
+        stub = inference_pb2_grpc.InferenceAPIsServiceStub(channel)
+        request = inference_pb2.PredictionsRequest(model_name=model, input={"data": body})
+        return json.loads(stub.Predictions(request, metadata=metadata(served), timeout=60).prediction)
+
+
+def grpc_open_inference(served: Served, model: str, content: bytes) -> dict[str, float]:
+    message = open_inference_grpc_pb2.ModelInferRequest
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [content]}}
+    with grpc.insecure_channel(served.grpc) as channel:
+        stub = open_inference_grpc_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = message(model_name=model, inputs=[message.InferInputTensor(**tensor)])
+        answer = stub.ModelInfer(request, metadata=metadata(served), timeout=60)
+    outputs = {output.name: output for output in answer.outputs}
+    names = [json.loads(value) for value in outputs["label"].contents.bytes_contents]
+    return dict(zip(names, outputs["score"].contents.fp32_contents, strict=True))
+
+
+@pytest.mark.parametrize("model", ["digits", "grey"])
+def test_every_door_gives_the_same_answer(served: Served, model: str, hundred: list[Path], same_workers: None) -> None:
+    content = hundred[7].read_bytes()
+    text = base64.b64encode(content).decode()
+    path = f"/predictions/{model}"
+    expected = by_label(post(served, path, content).json())
+    assert len(expected) == 5
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
+    columns = {
+        output["name"]: output["data"]
+        for output in post(served, f"/v2/models/{model}/infer", {"inputs": [tensor]}).json()["outputs"]
+    }
+    multipart = requests.post(
+        f"{served.url}{path}",
+        files={"data": ("digit.png", content, "image/png")},
+        headers={"Authorization": f"Bearer {served.token}"},
+        timeout=60,
+    )
+    answers = {
+        "typed": by_label(post(served, path, content, "image/png").json()),
+        "octets": by_label(post(served, path, content, "application/octet-stream").json()),
+        "base64": by_label(post(served, path, {"inputs": text}).json()),
+        "data address": by_label(post(served, path, {"inputs": f"data:image/png;base64,{text}"}).json()),
+        "list": by_label(post(served, path, {"inputs": [text]}).json()[0]),
+        "multipart": by_label(multipart.json()),
+        "kserve v1": by_label(
+            post(served, f"/v1/models/{model}:predict", {"instances": [{"b64": text}]}).json()["predictions"][0]
+        ),
+        "open inference": dict(zip(columns["label"], columns["score"], strict=True)),
+        "open inference, grpc": grpc_open_inference(served, model, content),
+        "grpc": by_label(grpc_prediction(served, model, content)),
+        "grpc, json": by_label(grpc_prediction(served, model, json.dumps({"inputs": text}).encode())),
+    }
+    with marble_client.RestClient(served.url, served.management, served.token) as client:
+        answers["marble rest"] = by_label(client.predict(model, content).predictions)
+    with marble_client.GrpcClient(served.grpc, served.grpc_management, served.token) as client:
+        answers["marble grpc"] = by_label(client.predict(model, content).predictions)
+    for way, answer in answers.items():
+        assert answer == pytest.approx(expected, abs=1e-6), way
+
+
+def test_the_hubs_client_gets_what_the_pipeline_gives(
+    served: Served, trained: Path, hundred: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The hub's client refuses even local addresses in offline mode.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    client = huggingface_hub.InferenceClient(model=f"{served.url}/predictions/digits", token=served.token)
+    files = hundred[:5]
+    for form in ("JPEG", "WEBP", "GIF"):
+        files.append(tmp_path / f"digit.{form.lower()}")
+        files[-1].write_bytes(saved(Image.open(hundred[11]).convert("RGB").resize((50, 40)), form))
+    for file, wanted in zip(files, pipeline_scores(trained, files), strict=True):
+        for image_given in (file, str(file), file.read_bytes()):
+            found = client.image_classification(image_given)
+            assert len(found) == 5
+            assert {entry.label: entry.score for entry in found} == pytest.approx(
+                dict(list(wanted.items())[:5]), abs=1e-4
+            )
+        everything = client.image_classification(file.read_bytes(), top_k=10, function_to_apply="softmax")
+        assert {entry.label: entry.score for entry in everything} == pytest.approx(wanted, abs=1e-4)
+        [first] = client.image_classification(file, top_k=1)
+        assert first.label == next(iter(wanted))
+
+
+MALFORMED: dict[str, tuple[bytes, str | None, int]] = {
+    "truncated png": (saved(image())[:700], "image/png", 400),
+    "truncated jpeg, no type": (saved(image(), "JPEG")[:400], None, 400),
+    "signature alone": (b"\x89PNG\r\n\x1a\n", None, 400),
+    "zero bytes": (b"", "image/png", 400),
+    "bomb": (png_header(60_000, 60_000), "image/png", 413),
+    "bomb within pillow's limit": (png_header(9_000, 9_000), None, 413),
+    "huge header": (png_header(2**31 - 1, 2**31 - 1), "image/png", 413),
+    "long line": (png_header(2**31 - 1, 1), "image/png", 413),
+    "endless scans": (saved(image(), "JPEG", progressive=True)[:-2] + b"\xff\xda" * 1000, "image/jpeg", 413),
+    "text as an image": (b"a cat on a mat", "image/png", 415),
+    "text": (b"a cat on a mat", "text/plain", 400),
+    "text, no type": (b"a cat on a mat", None, 400),
+    "bmp": (saved(image(), "BMP"), "image/bmp", 415),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml", 415),
+    "sound": (b"RIFF\x24\0\0\0WAVEfmt ", None, 415),
+    "film": (b"\0\0\0\x18ftypmp42", "video/mp4", 415),
+    "address": (b'{"inputs": "http://localhost:8081/models"}', "application/json", 422),
+    "number": (b'{"inputs": 7}', "application/json", 422),
+    "not base64": (b'{"inputs": "a cat"}', "application/json", 400),
+    "unknown parameter": (b'{"inputs": "QUJD", "parameters": {"k": 1}}', "application/json", 422),
+}
+
+
+def test_malformed_images_end_no_worker(served: Served, hundred: list[Path], same_workers: None) -> None:
+    for model in ("digits", "grey"):
+        for name, (body, content_type, status) in MALFORMED.items():
+            answer = post(served, f"/predictions/{model}", body, content_type)
+            assert answer.status_code == status, (name, answer.text)
+            assert answer.json()["code"] == status, name
+            if body and not (content_type or "").startswith(("text", "application", "video")):
+                assert grpc_prediction(served, model, body)["code"] in (400, 413, 415), name
+        assert len(post(served, f"/predictions/{model}", hundred[0].read_bytes()).json()) == 5
+
+
+def test_a_worker_that_runs_openvino_loads_no_torch_for_images(served: Served) -> None:
+    maps = ["".join(Path(f"/proc/{pid}/maps").read_text()) for pid in served.workers()]
+    assert sum("libopenvino" in text and "libtorch" not in text for text in maps) == 1
+    assert sum("libtorch" in text for text in maps) == 1

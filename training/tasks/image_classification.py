@@ -86,8 +86,8 @@ class ImageClassification(MediaClassification):
             processor,
             arguments,
             options,
-            train=_Images(splits.train, served, augment=options.augment),
-            validation=_Images(splits.validation, served),
+            train=TrainingImages(splits.train, served, augment=options.augment),
+            validation=TrainingImages(splits.validation, served),
             collator=collate,
             metrics=evaluation.label_metrics,
         )
@@ -105,7 +105,7 @@ class ImageClassification(MediaClassification):
         ]
 
 
-class _Images(TorchDataset[tuple[np.ndarray, int]]):
+class TrainingImages(TorchDataset[tuple[np.ndarray, int]]):
     """Items (uint8 [channels, height, width], class index), prepared by the very code that will serve the model."""
 
     def __init__(self, rows: Dataset, processor: ImageProcessor, *, augment: bool = False) -> None:
