@@ -110,8 +110,14 @@ def _stream(args: argparse.Namespace, client: Client, inputs: list[Input], param
         if args.details:
             print(json.dumps(asdict(token), ensure_ascii=False), flush=True)
         else:
-            print(token.text, end="" if token.end is None else "\n", flush=True)
+            text = _harmless(token.text) if sys.stdout.isatty() else token.text
+            print(text, end="" if token.end is None else "\n", flush=True)
     return OK
+
+
+def _harmless(text: str) -> str:
+    """A model's words must not steer the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)
 
 
 def _without_details(predictions: Json) -> Json:

@@ -113,9 +113,7 @@ class _Endpoint:
                 yield from lines
 
     @contextmanager
-    def _response(
-        self, method: str, path: str, deadline: Deadline, body: bytes | None
-    ) -> Iterator[requests.Response]:
+    def _response(self, method: str, path: str, deadline: Deadline, body: bytes | None) -> Iterator[requests.Response]:
         """A reply whose body is yet to be read, in terms of our errors."""
         try:
             with self._session.request(
