@@ -52,6 +52,7 @@ def _export(bundle: Bundle, precision: str, stage: Path) -> None:
             .from_pretrained(bundle.path, use_safetensors=True, local_files_only=True)
             .eval()
         )
+        model.config.use_cache = False  # a decoder's cache cannot be traced, and one pass has no use for it
         names = inspect.signature(model.forward).parameters
         arrays = {name: array for name, array in example(bundle, task).items() if name in names}
         with torch.inference_mode(), warnings.catch_warnings():
