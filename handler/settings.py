@@ -26,6 +26,7 @@ class Settings:
     max_seconds: a sound, or all sounds of a request, that last longer are refused (413).
     max_tokens: tokens of one request that may go through the model, windows counted apart; more are refused (413).
     max_new_tokens: tokens that one answer of a generative task may have; a request for more is refused (422).
+    max_inference_steps: denoising steps of one image; a request for more is refused (422).
     max_generation_seconds: a generated answer that is not there by then, and is not streamed, is given up (503);
     stays below TorchServe's `responseTimeout`.
     token_budget: tokens of one micro-batch, padding included.
@@ -48,6 +49,7 @@ class Settings:
     max_seconds: float = 600.0
     max_tokens: int = 32_768
     max_new_tokens: int = 512
+    max_inference_steps: int = 100
     max_generation_seconds: float = 45.0
     token_budget: int = 4096
     max_response_bytes: int = 6_000_000

@@ -81,7 +81,7 @@ def _bundled() -> BaseModel:
 
 
 def _local(folder: Path) -> BaseModel:
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "model_index.json")):
         raise UserError(
             f"--base-model {folder}: there is no config.json in it; name a folder that save_pretrained wrote"
         )

@@ -83,6 +83,23 @@ _SMALL: dict[str, dict[str, Any]] = {
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"},
     "audio-spectrogram-transformer": _TRANSFORMER | {"max_length": 128, "num_mel_bins": 64},
     "wav2vec2": _TRANSFORMER | {"conv_dim": [64] * 7, "classifier_proj_size": 64, "num_conv_pos_embeddings": 32},
+    "vits": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_dim": 64,
+        "flow_size": 32,
+        "spectrogram_bins": 33,
+        "depth_separable_num_layers": 2,
+        "duration_predictor_num_flows": 2,
+        "duration_predictor_filter_channels": 32,
+        "prior_encoder_num_flows": 2,
+        "prior_encoder_num_wavenet_layers": 2,
+        "posterior_encoder_num_wavenet_layers": 2,
+        "upsample_initial_channel": 32,
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1, 3]],
+    },
 }
 _SIZE = re.compile(r"([A-Za-z_]\w*)=(\[[^\]]*\]|[^\s,\[\]]+)")
 _DEFAULT_VOCABULARY = 4096

@@ -24,6 +24,8 @@ REGISTRY = {
     "sentence-similarity": "handler.tasks.sentence_similarity:SentenceSimilarity",
     "text-classification": "handler.tasks.text_classification:TextClassification",
     "text-generation": "handler.tasks.text_generation:TextGeneration",
+    "text-to-image": "handler.tasks.text_to_image:TextToImage",
+    "text-to-speech": "handler.tasks.text_to_speech:TextToSpeech",
     "token-classification": "handler.tasks.token_classification:TokenClassification",
     "zero-shot-classification": "handler.tasks.zero_shot_classification:ZeroShotClassification",
 }
