@@ -173,13 +173,14 @@ def _flat(values: list[Any]) -> list[Any]:
 
 
 def _tensors(predictions: Sequence[Any]) -> list[dict[str, Any]]:
-    """One tensor per field, [inputs, entries], when predictions are equally long lists of objects; else JSON texts."""
+    """One tensor per field, [inputs, entries], when predictions are equally long lists of flat objects; else JSON."""
     rows = [prediction if isinstance(prediction, list) else [prediction] for prediction in predictions]
     names = list(rows[0][0]) if rows[0] and isinstance(rows[0][0], dict) else []
     regular = names and all(
         len(row) == len(rows[0]) and all(isinstance(entry, dict) and list(entry) == names for entry in row)
         for row in rows
     )
+    regular = regular and not any(isinstance(v, dict | list) for row in rows for entry in row for v in entry.values())
     if not regular:
         texts = [p.base64() if isinstance(p, Media) else json.dumps(p) for p in predictions]
         return [{"name": "prediction", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]
