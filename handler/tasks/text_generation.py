@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from handler import backends
 from handler.errors import InvalidInput, InvalidParameter, RequestError, TooLarge
@@ -101,7 +101,8 @@ class TextGeneration(StreamingTask):
 
     def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:
         model = backends.load_model(model_dir, settings, "AutoModelForCausalLM")
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        self._tokenizer = cast(PreTrainedTokenizerFast, tokenizer)
         self._generator = Generator(model, self._tokenizer, settings.token_budget, settings.max_tokens)
         positions = getattr(model.config, "max_position_embeddings", None)
         self._context: int = min(settings.max_length, positions or settings.max_length)
