@@ -25,7 +25,9 @@ from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
 
 _USUAL_TRAINING_LENGTH = 256
-_PIECE, _PIECES = 800, 256  # characters of a validation example, and how many there are at most
+_PIECES = 256  # validation examples at most
+_SAMPLE = 20_000  # characters by which the length of tokens is judged
+_FILLED = 0.9  # of the context, by a validation example of average tokens
 _GOLDEN_PROMPTS, _PROMPT, _GOLDEN_TOKENS = 8, 60, 16
 _LONGEST_TOKEN = 20  # characters: more than tokens have on average
 # Prompts unlike any in training: a model must go on from them too, and the same way on every machine.
@@ -38,6 +40,9 @@ class TextGeneration(TrainingTask):
     """The next token, and the next."""
 
     primary: ClassVar[str] = "character_likelihood"
+    # Characters of a token on average, and of a validation example that fits the model.
+    _token: float
+    _piece: int
 
     def read(self, options: Options, seed: int, base: BaseModel) -> Splits:
         """Documents in the column `text`; without a validation file the last part of the text is for validation."""
@@ -55,11 +60,14 @@ class TextGeneration(TrainingTask):
         """A causal language model and its tokenizer."""
         purpose = "a causal language model"
         tokenizer = models.load_tokenizer(base, purpose, splits.train["text"] if splits.train else ())
+        sample = next((text[:_SAMPLE] for rows in splits.named().values() for text in rows["text"]), "a text")
+        self._token = len(sample) / len(tokenizer(sample, verbose=False)["input_ids"])
         return models.load(base, AutoModelForCausalLM, purpose, tokenizer, **models.attention()), tokenizer
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """Length and overflow policy: the served model takes all positions that it has."""
         length = models.longest_input(model, processor, options.max_length, processor.model_max_length)
+        self._piece = max(1, int(_FILLED * length * self._token))
         return {"max_length": length, "stride": length // 8, "overflow": options.overflow or "truncate"}
 
     def trainer(
@@ -104,7 +112,8 @@ class TextGeneration(TrainingTask):
     def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
         """Pieces of the text, asked for with the log probabilities of their tokens."""
         asked = {"max_new_tokens": 1, "do_sample": False, "details": True, "decoder_input_details": True}
-        pieces = [text[start : start + _PIECE] for text in rows["text"] for start in range(0, len(text), _PIECE)]
+        size = self._piece
+        pieces = [text[start : start + size] for text in rows["text"] for start in range(0, len(text), size)]
         step = max(1, len(pieces) // _PIECES)
         return [{"inputs": piece, "parameters": asked, "target": piece} for piece in pieces[::step][:_PIECES]]
 
