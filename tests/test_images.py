@@ -162,6 +162,7 @@ BROKEN_CONFIGS = {
     "unknown processor": ({"image_processor_type": "LevitImageProcessor"}, "image_processor_type 'Levit' is not one"),
     "no processor": ({"image_processor_type": None}, "is not one of: BitImageProcessor"),
     "old file": ({"do_rescale": None}, "do_rescale is missing: load the image processor with transformers 5"),
+    "padding": ({"do_pad": True}, "do_pad is set"),
     "number as size": ({"size": 224}, "size must be"),
     "two kinds of size": ({"size": {"shortest_edge": 2, "longest_edge": 3}}, "size must be"),
     "no height": ({"size": {"height": 0, "width": 3}}, "size: height and width must be positive"),

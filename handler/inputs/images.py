@@ -22,7 +22,7 @@ from handler.inputs import Encoded
 CONFIG_FILE = "preprocessor_config.json"
 
 _FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
-# More than a JPEG or a GIF can have; Pillow is slow with rows or columns of millions of pixels.
+# The most that a JPEG or a GIF can have; Pillow is slow with rows or columns of millions of pixels.
 _MAX_SIDE = 65_535
 # Where the shorter side is resized to what the model takes, the longer one grows with it.
 _MAX_ASPECT = 100
@@ -109,7 +109,7 @@ class ImageProcessor:
     """
 
     def __init__(self, config: Mapping[str, Any], channels: int) -> None:
-        kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(config.get("image_processor_type")))
+        kind = re.sub("ImageProcessor(Fast|Pil)?$", "", str(config.get("image_processor_type")))
         if kind not in (*_PLAIN, _CONVNEXT):
             known = ", ".join(f"{name}ImageProcessor" for name in (*_PLAIN, _CONVNEXT))
             raise ValueError(f"image_processor_type {kind!r} is not one of: {known}")
@@ -118,6 +118,8 @@ class ImageProcessor:
         for step in ("do_resize", "do_rescale", "do_normalize"):
             if not isinstance(config.get(step), bool):
                 raise ValueError(f"{step} is missing: load the image processor with transformers 5 and save it again")
+        if config.get("do_pad"):
+            raise ValueError("do_pad is set: images are resized and cropped here, never padded to a size")
         self.mode = "RGB" if channels == 3 else "L"
         self._resample = Image.Resampling(config.get("resample", Image.Resampling.BILINEAR))
         self._height_width: tuple[int, int] | None = None
