@@ -97,6 +97,8 @@ _SMALL: dict[str, dict[str, Any]] = {
         "prior_encoder_num_wavenet_layers": 2,
         "posterior_encoder_num_wavenet_layers": 2,
         "upsample_initial_channel": 32,
+        "upsample_rates": [4, 4],
+        "upsample_kernel_sizes": [8, 8],
         "resblock_kernel_sizes": [3],
         "resblock_dilation_sizes": [[1, 3]],
     },

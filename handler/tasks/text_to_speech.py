@@ -80,12 +80,15 @@ class TextToSpeech(GenerativeTask):
         self._rate = parameters.speaking_rate or self._model.speaking_rate
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(USUAL_SEED if parameters.seed is None else parameters.seed)
-            spoken = self._model(
-                input_ids=torch.tensor([ids]), speaking_rate=self._rate, speaker_id=parameters.speaker_id
-            )
+            try:
+                spoken = self._model(
+                    input_ids=torch.tensor([ids]), speaking_rate=self._rate, speaker_id=parameters.speaker_id
+                )
+            except ValueError:  # from where durations are drawn
+                raise _unsound() from None
         samples = spoken.waveform[0, : int(spoken.sequence_lengths[0])].float().numpy()
         if not np.isfinite(samples).all():
-            raise InternalError("the model gave a sound that is not made of numbers; its weights are unsound")
+            raise _unsound()
         return Answer(Media(to_wav(samples, self._sampling_rate), "audio/wav"), tokens=len(ids))
 
     def _encode(self, text: str) -> list[int]:
@@ -104,7 +107,7 @@ class TextToSpeech(GenerativeTask):
         """Raises TooLarge before memory and time are spent on a sound that is too long. log_frames: [1, 1, tokens]."""
         frames = float(log_frames.exp().sum()) / self._rate
         if not np.isfinite(frames):
-            raise InternalError("the model gave tokens no duration; its weights are unsound")
+            raise _unsound()
         if frames > self._most_frames:
             raise TooLarge(f"the sound would last more than {self._settings.max_seconds:g} seconds; split the text")
 
@@ -115,6 +118,10 @@ class TextToSpeech(GenerativeTask):
         if rate != other_rate or before.shape != after.shape:
             return float("inf")
         return float(np.sqrt(np.square(before - after).mean()))
+
+
+def _unsound() -> InternalError:
+    return InternalError("the model gave a sound that is not made of numbers; its weights are unsound")
 
 
 def load_tokenizer(model_dir: Path) -> VitsTokenizer:
