@@ -588,10 +588,17 @@ def same_workers(served: Served) -> Iterator[None]:
     assert served.workers() == before
 
 
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """InferenceClient asks no server, not even this one, where the hub is switched off."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 def inference_client(served: Served, model: str) -> InferenceClient:
     return InferenceClient(model=f"{served.url}/predictions/{model}", token=served.token)
 
 
+@pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_inference_client(served: Served, strategy: Any) -> None:
     text = "Then Zorblax Quimby walked to Port Ozma"
@@ -605,6 +612,7 @@ def test_inference_client(served: Served, strategy: Any) -> None:
     assert all(0.5 < entry.score <= 1 for entry in found)
 
 
+@pytest.mark.usefixtures("online")
 def test_inference_client_equals_the_pipeline_of_the_bundle(served: Served, wnut: Path, sentences: list[str]) -> None:
     reference = pipeline("token-classification", model=str(wnut))
     client = inference_client(served, "ner")
@@ -616,7 +624,7 @@ def test_inference_client_equals_the_pipeline_of_the_bundle(served: Served, wnut
 
 
 def test_marble_clients_agree_over_rest_and_grpc(served: Served) -> None:
-    texts = ["Marnok left Grelland", "nobody", "Tilda Vex"]
+    texts = ["then Marnok walked near Grelland", "some rain fell", "Tilda Vex"]
     parameters = {"aggregation_strategy": "first"}
     rest = marble_client.RestClient(served.url, token=served.token)
     grpc = marble_client.GrpcClient(served.grpc, token=served.token)

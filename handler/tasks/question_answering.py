@@ -1,11 +1,14 @@
 """Question answering: the spans of a context that answer a question.
 
 Scores and parameters are those of the question-answering pipeline that transformers had before version 5: start and
-end probabilities within each window, their product for a span, that of the first token for "no answer".
+end probabilities within each window, their product for a span, that of the first token for "no answer". Of several
+windows that hold a span, the one with most context around it decides, as in BERT's own evaluation on SQuAD: at a
+window's border models find the part of an answer that they see.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,7 +78,7 @@ class QuestionInputs(WindowInputs):
                 f"the question has {question} tokens, which leave no room for the context in a window of "
                 f'{sample.length}; shorten it, or have it cut with the parameter "max_question_len"'
             )
-        stride = sample.stride if sample.stride < room else room // 2
+        stride = _fitted_stride(sample, room)
         self.check(sample.text[1], sample.length, room - stride)
         return replace(sample, stride=stride)
 
@@ -128,11 +131,14 @@ class QuestionAnswering(EncoderTask):
         possible = parameters.handle_impossible_answer
         answers: dict[str, Answer] = {}
         no_answer = 1.0
-        for row, outputs in zip(part.rows, part.outputs, strict=True):
+        windows = _Windows.of(part)
+        # Several spans may widen to the same words, so more of them are looked at.
+        count = 2 * top_k + 10 if align else top_k
+        for number, (row, outputs) in enumerate(zip(part.rows, part.outputs, strict=True)):
             first, start, end = _probabilities(row, outputs)
             no_answer = min(no_answer, float(start[0] * end[0]))
-            # Several spans may widen to the same words, so more of them are looked at.
-            spans = best_spans(start[1:], end[1:], 2 * top_k + 10 if align else top_k, longest)
+            own = partial(windows.own, number) if len(part.rows) > 1 else None
+            spans = best_spans(start[1:], end[1:], count, longest, own)
             found = _answers(part.sample.text[1], row, first, spans, align=align)
             for key, answer in found.items():
                 if key not in answers or answer["score"] > answers[key]["score"]:
@@ -155,21 +161,66 @@ class QuestionAnswering(EncoderTask):
 
 
 def best_spans(
-    start: NDArray[np.float64], end: NDArray[np.float64], count: int, longest: int
+    start: NDArray[np.float64],
+    end: NDArray[np.float64],
+    count: int,
+    longest: int,
+    allowed: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]] | None = None,
 ) -> list[tuple[float, int, int]]:
     """The most probable spans as (probability, first token, last token), best first; of equal ones the earlier first.
 
     start, end: float64 [tokens], each token's probability to begin and to end the answer. longest: tokens of a span.
+    allowed: which spans count, from their first tokens [tokens, 1] and last tokens [tokens, longest].
     """
     tokens = len(start)
     if tokens == 0:
         return []
-    last = np.add.outer(np.arange(tokens), np.arange(min(longest, tokens)))
-    scores = np.where(last < tokens, start[:, None] * end[np.minimum(last, tokens - 1)], -1.0).ravel()
+    first = np.arange(tokens)[:, None]
+    last = first + np.arange(min(longest, tokens))
+    counts = last < tokens
+    if allowed is not None:
+        counts &= allowed(first, last)
+    scores = np.where(counts, start[:, None] * end[np.minimum(last, tokens - 1)], -1.0).ravel()
     least = np.partition(scores, -count)[-count] if count < len(scores) else 0.0
     candidates = np.flatnonzero(scores >= max(least, 0.0))
     order = candidates[np.argsort(-scores[candidates], kind="stable")][:count]
     return [(float(scores[index]), int(index // last.shape[1]), int(last.flat[index])) for index in order]
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """The windows of one context. borders: first token of each and the one after its last, counted in the context."""
+
+    borders: Sequence[tuple[int, int]]
+
+    @classmethod
+    def of(cls, part: Part) -> "_Windows":
+        sizes = [row.sequence_ids.count(_CONTEXT) for row in part.rows]
+        step = sizes[0] - _fitted_stride(part.sample, sizes[0])
+        return cls([(number * step, number * step + size) for number, size in enumerate(sizes)])
+
+    def own(self, number: int, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether a window is the one with most context around spans; their tokens are counted from its beginning."""
+        begin = self.borders[number][0]
+        depth = self._depth(number, first + begin, last + begin)
+        own = np.ones(last.shape, dtype=bool)
+        if number > 0:
+            own &= depth > self._depth(number - 1, first + begin, last + begin)
+        if number + 1 < len(self.borders):
+            own &= depth >= self._depth(number + 1, first + begin, last + begin)
+        return own
+
+    def _depth(self, number: int, first: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Tokens between spans and the nearer border of a window, where the text goes on; below 0 if one cuts them."""
+        begin, end = self.borders[number]
+        left = first - begin if number > 0 else np.inf
+        right = end - 1 - last if number + 1 < len(self.borders) else np.inf
+        return np.minimum(left, right)
+
+
+def _fitted_stride(sample: Windowed, room: int) -> int:
+    """Tokens that windows share, where a question leaves `room` tokens of each for the context."""
+    return sample.stride if sample.stride < room else room // 2
 
 
 def _probabilities(row: Encoding, outputs: Outputs) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
