@@ -192,7 +192,8 @@ class _Outlet:
     """Sends what is ready of a batch ahead of the rest.
 
     TorchServe takes any number of messages for a batch, each about some of its requests. A stream goes on after a
-    message in which its header ts_stream_next is "true" and ends with "false"; an answer without the header is whole.
+    message in which its header ts_stream_next is "true" and ends with "false", which must not be in its first message;
+    an answer without the header is whole.
     The first message without a "true" is the batch's last, so whole answers go ahead only while a stream goes on. A
     request that is done with must not be in a later message.
     """
@@ -202,6 +203,7 @@ class _Outlet:
         self.done: set[int] = set()
         self._context = context
         self._streams = set(streams)
+        self._started: set[int] = set()
         self._ready: dict[int, bytes] = {}
 
     def add(self, index: int, body: bytes, *, last: bool) -> None:
@@ -219,16 +221,19 @@ class _Outlet:
 
     def send(self) -> None:
         """Sends what was taken since, if any of it can go now."""
-        going_on = self._streams - self.done
-        # The last streams that end are kept open, for the whole answers that may come later: the batch ends both.
-        following = (going_on or self._streams & self._ready.keys()) & self.begun
+        ready = self._streams & self._ready.keys()
+        following = (self._streams & self.begun) - self.done | ready - self._started
+        # The last streams to end are kept open, for the whole answers that may come later: the batch ends them all.
+        following = following or ready
         if not self._ready or not following:
             return
         if following.isdisjoint(self._ready):
             self._ready[min(following)] = b""
-        ended = self._streams - following
+        ended = (self._streams & self._started & self.done) - following
+        self._ready |= {index: b"" for index in ended - ready}
         self._write({index: True if index in following else False if index in ended else None for index in self._ready})
-        self._streams = going_on
+        self._started |= following & ready
+        self._streams -= ended
 
     def rest(self, count: int) -> list[bytes]:
         """What the batch's last message has for each of its `count` requests: TorchServe passes over those done with,
