@@ -230,7 +230,7 @@ class _Outlet:
         if following.isdisjoint(self._ready):
             self._ready[min(following)] = b""
         ended = (self._streams & self._started & self.done) - following
-        self._ready |= {index: b"" for index in ended - ready}
+        self._ready |= dict.fromkeys(ended - ready, b"")
         self._write({index: True if index in following else False if index in ended else None for index in self._ready})
         self._started |= following & ready
         self._streams -= ended

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 import socket
 import struct
 import sys
@@ -343,11 +344,12 @@ def test_streams_and_whole_answers_share_a_batch(engine: Engine) -> None:
 class Frontend:
     """The socket to TorchServe's frontend: reads what a worker sends, and keeps its rules."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, asked: Sequence[tuple[dict[str, str], Any]]) -> None:
         self.messages: list[dict[int, tuple[str | None, bytes]]] = []
-        self.headers: list[dict[str, str]] = [{} for _ in range(count)]
-        self.statuses = [0] * count
-        self._over: set[int] = set()
+        self.headers: list[dict[str, str]] = [{} for _ in asked]
+        self.statuses = [0] * len(asked)
+        self.over: set[int] = set()
+        self._rest = {index for index, (headers, _) in enumerate(asked) if "explain" in headers}
 
     def sendall(self, message: bytes) -> None:
         assert not self.messages or any(following == "true" for following, _ in self.messages[-1].values())
@@ -370,14 +372,15 @@ class Frontend:
         while (length := number()) != -1:
             index = int(message[position : position + length])
             position += length
-            assert index not in self._over
+            assert index not in self.over
             kind, status, _ = text().decode(), number(), text()
             headers = {text().decode(): text().decode() for _ in range(number())}
             following = headers.pop("ts_stream_next", None)
             if not self.statuses[index]:
+                assert following != "false" or index not in self._rest  # else it has no head
                 self.headers[index], self.statuses[index] = {**headers, "content-type": kind}, status
             if following != "true":
-                self._over.add(index)
+                self.over.add(index)
             found[index] = (following, text())
         self.messages.append(found)
 
@@ -398,7 +401,7 @@ SEQUENCE = {"ts_request_sequence_id": "s"}  # what StreamPredictions2 sends alon
 
 def over_the_wire(service: Service, folder: Path, *asked: tuple[dict[str, str], Any]) -> Frontend:
     """Puts a batch of (headers, body) through a service as TorchServe's worker does."""
-    frontend = Frontend(len(asked))
+    frontend = Frontend(asked)
     context = Context("poet", str(folder), {"model": {"modelVersion": "1.0"}}, 64, None, "0.12.0")
     context.request_ids = ids = {index: str(index) for index in range(len(asked))}
     context.cl_socket = frontend
@@ -463,6 +466,25 @@ def test_a_batch_of_streams_and_whole_answers(service: Service, folder: Path) ->
     assert texts[0] == texts[2]
     assert texts[1].startswith(events(frontend.body(1))[-1]["generated_text"])
     assert json.loads(frontend.body(7))["error"] == "\"stream\" must be true or false, not 'yes'"
+
+
+def test_any_batch_is_answered_whole(service: Service, folder: Path) -> None:
+    choose = random.Random(1)
+    for _ in range(25):
+        asked = []
+        for _ in range(choose.randrange(1, 12)):
+            limit = choose.choice([0, 1, 1, 2, 3, 8, 12])
+            one = body(choose.random() < 0.6, max_new_tokens=limit, num_beams=choose.choice([1, 1, 1, 1, 2]))
+            asked.append(({} if choose.random() < 0.3 else REST, one))
+        frontend = over_the_wire(service, folder, *asked)
+        assert frontend.over == set(range(len(asked)))
+        for index, (headers, value) in enumerate(asked):
+            limit = value["parameters"]["max_new_tokens"]
+            assert frontend.statuses[index] == (200 if limit else 422)
+            if limit and headers and value.get("stream"):
+                assert [event["index"] for event in events(frontend.body(index))] == list(range(1, limit + 1))
+            else:
+                assert ("generated_text" in json.loads(frontend.body(index))) == (limit > 0)
 
 
 def test_only_streams_that_all_fail_are_plain_errors(service: Service, folder: Path) -> None:
