@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,7 @@ from handler.errors import InvalidInput, RequestError
 from handler.messages import Piece, Request, Result
 from handler.service import Service
 from handler.tasks.text_generation import TextGeneration, TextGenerationParameters
+from marble_client import cli
 from marble_client.stubs import inference_pb2, inference_pb2_grpc
 from training import bundle, scratch
 from training.corpus import read
@@ -890,3 +892,111 @@ def test_corpora_are_read_as_documents(tmp_path: Path) -> None:
     assert [len(piece["inputs"]) for piece in task.examples(rows, [])] == [8, 800, 800, 100]
     long = Dataset.from_dict({"text": ["x" * 800 * 1000]})
     assert len(task.examples(long, [])) == 256
+
+
+# --- the client, when a stream goes wrong
+
+
+@pytest.fixture
+def faulty() -> Iterator[Callable[..., marble_client.RestClient]]:
+    """A client of a server that answers its requests with the given pieces of HTTP, one list for each."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    clients = []
+
+    def answer(replies: Sequence[Sequence[bytes | float]]) -> None:
+        for reply in replies:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                for piece in reply:
+                    if isinstance(piece, bytes):
+                        connection.sendall(piece)
+                    else:
+                        time.sleep(piece)
+
+    def start(*replies: Sequence[bytes | float], timeout: float = 20) -> marble_client.RestClient:
+        threading.Thread(target=answer, args=(replies,), daemon=True).start()
+        host, port = listener.getsockname()
+        clients.append(marble_client.RestClient(f"http://{host}:{port}", timeout=timeout))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.close()
+    listener.close()
+
+
+def chunk(content: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(content), content)
+
+
+def sent(index: int, text: str | None = None, **changes: Any) -> bytes:
+    """An event as a chunk."""
+    token = {"id": index, "text": f"t{index}", "logprob": -1, "special": False}
+    details = {"finish_reason": "length", "generated_tokens": index, "input_length": 1, "seed": 4}
+    event = {"index": index, "token": token, "generated_text": text, "details": text and details, **changes}
+    return chunk(f"data:{json.dumps(event)}\n\n".encode())
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+def test_a_stream_is_tried_again_until_it_begins(faulty: Callable[..., marble_client.RestClient]) -> None:
+    client = faulty([BUSY], [HEAD, sent(1), sent(2, "t1t2")])
+    # The connection is left open, as TorchServe leaves it while the rest of a batch is not done.
+    tokens = list(client.stream(MODEL, PROMPT))
+    assert [token.text for token in tokens] == ["t1", "t2"]
+    assert tokens[-1].end == marble_client.TextEnd("t1t2", "length", 2, 4)
+
+
+def test_an_event_in_pieces_is_read_whole(faulty: Callable[..., marble_client.RestClient]) -> None:
+    whole = sent(1, "t1")
+    client = faulty([HEAD, whole[:20], 0.05, whole[20:30], 0.05, whole[30:]])
+    assert [token.id for token in client.stream(MODEL, PROMPT)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "message"),
+    [
+        ([HEAD, sent(1), b"0\r\n\r\n"], marble_client.BadResponse, "broke off"),
+        ([HEAD, b"0\r\n\r\n"], marble_client.BadResponse, "broke off"),
+        ([HEAD, sent(1)], marble_client.ConnectionFailed, "failed"),
+        ([HEAD, sent(1), b"HTTP/1.1 500 Worker died\r\n\r\n"], marble_client.ConnectionFailed, "failed"),
+        ([HEAD, sent(1), chunk(b"data:{oops\n\n")], marble_client.BadResponse, "not valid JSON"),
+        ([HEAD, sent(1), chunk(b"data:{}\n\n")], marble_client.BadResponse, "no dict named 'token'"),
+        ([HEAD, sent(1), sent(2, error="it broke", code=500, type="E")], marble_client.ServerError, "it broke"),
+        ([HEAD, sent(1), 5.0], marble_client.Timeout, "no answer within"),
+    ],
+)
+def test_a_stream_that_goes_wrong_raises(
+    faulty: Callable[..., marble_client.RestClient],
+    reply: Sequence[bytes | float],
+    error: type[marble_client.MarbleError],
+    message: str,
+) -> None:
+    client = faulty(reply, timeout=1 if error is marble_client.Timeout else 20)
+    tokens: list[marble_client.Token] = []
+    with pytest.raises(error, match=message):
+        tokens.extend(client.stream(MODEL, PROMPT))
+
+
+def test_a_stream_of_what_cannot_be_sent_fails_at_once() -> None:
+    with marble_client.RestClient("http://127.0.0.1:9") as client:
+        with pytest.raises(ValueError, match="no model name"):
+            client.stream("a/b", PROMPT)
+        with pytest.raises(ValueError, match="JSON"):
+            client.stream(MODEL, PROMPT, {"temperature": math.nan})
+
+
+def test_control_characters_stay_out_of_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = marble_client.TextEnd("x", "length", 1, None)
+    tokens = [marble_client.Token(1, "a\x1b[2J\n", -1.0, False), marble_client.Token(2, "é", -1.0, False, end)]
+    monkeypatch.setattr(marble_client.RestClient, "stream", lambda *_, **__: iter(tokens))
+    cli.main(["predict", MODEL, PROMPT, "--stream"])
+    assert capsys.readouterr().out == "a\x1b[2J\né\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    cli.main(["predict", MODEL, PROMPT, "--stream"])
+    assert capsys.readouterr().out == "a?[2J\né\n"
