@@ -47,6 +47,16 @@ class Options:
         default=None,
         metadata={"help": "if absent, lists of labels are several labels, numbers with a fraction a regression"},
     )
+    target_column: str | None = field(
+        default=None, metadata={"help": "column of summaries or translations; found by its name if it has a usual one"}
+    )
+    source_lang: str | None = field(
+        default=None, metadata={"help": "code of the texts' language, where files have a column, or a key, for each"}
+    )
+    target_lang: str | None = field(default=None, metadata={"help": "code of the language to translate to"})
+    source_prefix: str | None = field(
+        default=None, metadata={"help": "put before each text, in training and serving, e.g. 'summarize: ' for T5"}
+    )
     path_column: str = field(default="path", metadata={"help": "column of the paths of images or sounds"})
     augment: bool = field(default=False, metadata={"help": "shift and turn training images a little, at random"})
     mlm_probability: float = field(
@@ -115,10 +125,12 @@ class TrainerOptions(TrainingArguments):
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = has_fast_bf16()
+        chosen = self.metric_for_best_model
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has not annotated it
         except ValueError as error:
             raise UserError(" ".join(str(error).split())) from error
+        self.metric_for_best_model = chosen  # where none was given it says "loss" now, whatever the task
 
     def choose_by(self, metrics: tuple[str, ...]) -> None:
         """Settles what the best epoch is chosen by; `metrics`: those of the task, the first is the default.
