@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from handler import golden
 from handler.engine import Engine
+from handler.messages import Request, Result
 from training import base_model, evaluation
 from training.errors import UserError
 
@@ -174,15 +175,22 @@ def test_bad_options(refused: Refused, arguments: tuple[str, ...], words: list[s
 def test_options_that_argparse_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A number that is none, and a missing --train-file: argparse's own message, exit code 2, a short usage."""
-    for arguments, words in ((["--max-length", "long"], "'long'"), ([], "--train-file")):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--output-dir", str(tmp_path / "bundle"), *arguments])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        assert caught.value.code == 2
-        error = capsys.readouterr().err
-        assert words in error.splitlines()[-1]
-        assert len(error.splitlines()) < 6
+    """A number that is none: argparse's own message, exit code 2, a short usage."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output-dir", str(tmp_path / "bundle"), "--max-length", "long"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "'long'" in error.splitlines()[-1]
+    assert len(error.splitlines()) < 6
+
+
+def test_a_model_without_labels_is_not_bundled_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output-dir", str(tmp_path / "bundle")])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert "give a --train-file" in str(caught.value.code)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_output_folders(refused: Refused, bundle: Path) -> None:
@@ -303,7 +311,7 @@ def test_metrics_are_those_of_the_transformers_pipeline(bundle: Path) -> None:
     assert load(bundle / "metrics.json")["splits"] == {"validation": expected}
     most = max(scores["rows"] for scores in expected["per_label"].values())
     assert expected["accuracy"] > 1.1 * most / len(rows), "forty steps teach it more than the commonest label"
-    kept = {(row["text"], row["label"]) for row in rows_of(bundle / "validation.jsonl")}
+    kept = {(row["inputs"], row["target"]) for row in rows_of(bundle / "validation.jsonl")}
     assert kept == {(row["text"], row["label"]) for row in rows}
 
 
@@ -336,11 +344,12 @@ def test_the_golden_set_replays(bundle: Path) -> None:
     engine = Engine(bundle)
     assert golden.replay(engine, bundle / golden.FILE_NAME) <= 1e-5
     examples = rows_of(bundle / golden.FILE_NAME)
-    labels = {row["text"]: row["label"] for row in rows_of(bundle / "validation.jsonl")}
+    labels = {row["inputs"]: row["target"] for row in rows_of(bundle / "validation.jsonl")}
     texts = [example["inputs"] for example in examples]
     assert {labels[text] for text in texts if text in labels} == {"negative", "neutral", "positive"}
     assert "" in texts
-    assert any(len(engine._tokenizer([text])[0].windows) > 1 for text in texts), "one must overflow"
+    results = engine.predict([Request([text]) for text in texts])
+    assert any(isinstance(result, Result) and result.usage.truncated for result in results), "one must overflow"
     assert all(len(example["predictions"]) == 3 for example in examples)
 
 

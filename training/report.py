@@ -16,6 +16,10 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
+# Names that the Hugging Face hub has for metrics, where they differ from ours.
+_HUB_METRICS = {"macro_f1": "f1"}
+
+
 def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str, Any], golden: int) -> None:
     """Writes `README.md` and `report.html` into the bundle."""
     base = provenance["base_model"]["name"]
@@ -75,7 +79,7 @@ def _metadata(name: str, metrics: dict[str, Any], provenance: dict[str, Any]) ->
             dataset_type="local",
             dataset_name=provenance["data"].get(split, provenance["data"].get("train", {})).get("file", "local"),
             dataset_split=split,
-            metric_type=key,
+            metric_type=_HUB_METRICS.get(key, key),
             metric_value=round(value, 6),
         )
         for split, scores in metrics["splits"].items()
