@@ -43,7 +43,7 @@ class SpeechRecognition(EncoderTask):
         features = self.inputs.features
         if not isinstance(features, SpeechFeatures):
             raise ValueError(f"{model_dir}: speech recognition needs a model that hears samples, not spectrograms")
-        self._seconds = features.ratio / features.sampling_rate
+        self._ratio, self._rate = features.ratio, features.sampling_rate
         self._vocabulary = CtcVocabulary(model_dir, int(config["vocab_size"]))
 
     def read(self, value: Any, parameters: Any) -> Sequence[Sound]:
@@ -72,8 +72,8 @@ class SpeechRecognition(EncoderTask):
         if parameters.return_timestamps:
             chunks = spans if parameters.return_timestamps == "char" else self._vocabulary.words(spans)
             answer["chunks"] = [
-                {"text": chunk.text, "timestamp": [chunk.start * self._seconds, chunk.end * self._seconds]}
-                for chunk in chunks
+                {"text": text, "timestamp": [start * self._ratio / self._rate, end * self._ratio / self._rate]}
+                for text, start, end in chunks
             ]
         return answer
 
