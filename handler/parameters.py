@@ -98,6 +98,7 @@ def _described(hint: Any) -> str:
         bool: "true or false",
         type(None): "null",
         list[str]: "a list of strings",
+        dict: "an object",
     }
     return " or ".join(names.get(option) or repr(option) for option in _options(hint))
 

@@ -22,11 +22,13 @@ REGISTRY = {
     "image-classification": "handler.tasks.image_classification:ImageClassification",
     "question-answering": "handler.tasks.question_answering:QuestionAnswering",
     "sentence-similarity": "handler.tasks.sentence_similarity:SentenceSimilarity",
+    "summarization": "handler.tasks.summarization:Summarization",
     "text-classification": "handler.tasks.text_classification:TextClassification",
     "text-generation": "handler.tasks.text_generation:TextGeneration",
     "text-to-image": "handler.tasks.text_to_image:TextToImage",
     "text-to-speech": "handler.tasks.text_to_speech:TextToSpeech",
     "token-classification": "handler.tasks.token_classification:TokenClassification",
+    "translation": "handler.tasks.translation:Translation",
     "zero-shot-classification": "handler.tasks.zero_shot_classification:ZeroShotClassification",
 }
 

@@ -21,11 +21,13 @@ REGISTRY = {
     "image-classification": "training.tasks.image_classification:ImageClassification",
     "question-answering": "training.tasks.question_answering:QuestionAnswering",
     "sentence-similarity": "training.tasks.sentence_similarity:SentenceSimilarity",
+    "summarization": "training.tasks.summarization:Summarization",
     "text-classification": "training.tasks.text_classification:TextClassification",
     "text-generation": "training.tasks.text_generation:TextGeneration",
     "text-to-image": "training.tasks.text_to_image:TextToImage",
     "text-to-speech": "training.tasks.text_to_speech:TextToSpeech",
     "token-classification": "training.tasks.token_classification:TokenClassification",
+    "translation": "training.tasks.translation:Translation",
     "zero-shot-classification": "training.tasks.zero_shot_classification:ZeroShotClassification",
 }
 _GOLDEN_EXAMPLES = 12
