@@ -139,7 +139,10 @@ class Generator:
         """
         rows = [_Row(index, prompt, self._vocabulary) for index, prompt in enumerate(prompts)]
         single = [row for row in rows if row.decoding.num_beams == 1]
-        for group in micro_batches([row.longest for row in single], self._positions):
+        lengths = [row.longest for row in single]
+        # A model that cannot be told positions would count padding, so its rows run one by one.
+        groups = micro_batches(lengths, self._positions) if self._takes_positions else [[n] for n in range(len(single))]
+        for group in groups:
             yield from self._decode([single[place] for place in group])
         for row in rows:
             if row.decoding.num_beams > 1:
@@ -147,9 +150,11 @@ class Generator:
 
     def _decode(self, rows: Sequence["_Row"]) -> Iterator[list[Outcome]]:
         now = time.monotonic()
-        yield [(row.index, _late()) for row in rows if now > row.deadline]
-        if not (rows := [row for row in rows if now <= row.deadline]):
-            return
+        if late := [row for row in rows if now > row.deadline]:
+            yield [(row.index, _late()) for row in late]
+            rows = [row for row in rows if row not in late]
+            if not rows:
+                return
         cache, mask, logits = self._prefill(rows)
         while True:
             outcomes = self._choose(rows, logits)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -124,6 +126,18 @@ def test_greedy_rows_equal_generate(generator: Generator, model: Any, tokenizer:
     assert all(generation.seed is None for generation in found)
     texts = [tokenizer.decode(ids(generation), skip_special_tokens=True) for generation in found]
     assert [generation.text for generation in found] == texts
+
+
+def test_rows_of_a_model_without_position_ids_run_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(3)
+    config = BartConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, d_model=32, decoder_layers=2,
+        decoder_attention_heads=2, decoder_ffn_dim=64, is_decoder=True, init_std=0.4, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = BartForCausalLM(config).eval()
+    asked = prompts(tokenizer, max_new_tokens=9)
+    found = finished(Generator(model, tokenizer, 32, 256), asked)
+    assert [ids(generation) for generation in found] == [by_transformers(model, prompt) for prompt in asked]
 
 
 SAMPLING = [

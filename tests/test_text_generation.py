@@ -196,6 +196,10 @@ def test_new_tokens_are_bounded_by_the_context_and_the_settings(engine: Engine, 
     assert "at most 4" in str(ask(small, max_new_tokens=5))
 
 
+def test_bf16(folder: Path) -> None:
+    assert ask(Engine(folder, precision="bf16"), max_new_tokens=3, details=True)["details"]["generated_tokens"] == 3
+
+
 # --- prompts
 
 
