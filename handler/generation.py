@@ -35,6 +35,12 @@ from handler.errors import InternalError, Overloaded, RequestError
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 _ROOM = 64  # positions by which a cache grows
+# What a model's own configuration may want besides a `Decoding`; transformers sees to it, one row after the other.
+_RARE = (
+    "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "min_length", "min_new_tokens", "min_p", "top_h",
+    "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "watermarking_config", "stop_strings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +135,7 @@ class Generator:
         self._vocabulary = _Vocabulary(tokenizer, model.generation_config)
         self._token_budget, self._positions = token_budget, positions
         self._takes_positions = "position_ids" in signature(model.forward).parameters
+        self._rare = any(getattr(model.generation_config, name, None) for name in _RARE)
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt]) -> Iterator[list[Outcome]]:
@@ -138,14 +145,14 @@ class Generator:
         with all its tokens at once.
         """
         rows = [_Row(index, prompt, self._vocabulary) for index, prompt in enumerate(prompts)]
-        single = [row for row in rows if row.decoding.num_beams == 1]
+        single = [row for row in rows if row.decoding.num_beams == 1 and not self._rare]
         lengths = [row.longest for row in single]
         # A model that cannot be told positions would count padding, so its rows run one by one.
         groups = micro_batches(lengths, self._positions) if self._takes_positions else [[n] for n in range(len(single))]
         for group in groups:
             yield from self._decode([single[place] for place in group])
         for row in rows:
-            if row.decoding.num_beams > 1:
+            if row.decoding.num_beams > 1 or self._rare:
                 yield self._search(row)
 
     def _decode(self, rows: Sequence["_Row"]) -> Iterator[list[Outcome]]:
@@ -260,7 +267,7 @@ class Generator:
         return outcomes
 
     def _search(self, row: "_Row") -> list[Outcome]:
-        """Beam search, by transformers itself."""
+        """Generation by transformers itself: beam search, and what is rare."""
         decoding, start = row.decoding, len(row.ids)
         sampling = {"temperature", "top_k", "top_p", "typical_p"} if decoding.do_sample else set()
         names = {"do_sample", "num_beams", "length_penalty", "early_stopping", "repetition_penalty", "max_new_tokens"}

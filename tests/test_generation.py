@@ -133,11 +133,26 @@ def test_rows_of_a_model_without_position_ids_run_alone(tokenizer: PreTrainedTok
     config = BartConfig(
         vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, d_model=32, decoder_layers=2,
         decoder_attention_heads=2, decoder_ffn_dim=64, is_decoder=True, init_std=0.4, bos_token_id=0, eos_token_id=0,
+        forced_eos_token_id=None,
     )  # fmt: skip
     model = BartForCausalLM(config).eval()
     asked = prompts(tokenizer, max_new_tokens=9)
     found = finished(Generator(model, tokenizer, 32, 256), asked)
     assert [ids(generation) for generation in found] == [by_transformers(model, prompt) for prompt in asked]
+
+
+@pytest.mark.parametrize("rare", [{"no_repeat_ngram_size": 2}, {"suppress_tokens": list(range(90, 260))}])
+def test_what_a_model_itself_wants_besides(tokenizer: PreTrainedTokenizerFast, rare: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    model = gpt2(len(tokenizer)).eval()
+    asked = [*prompts(tokenizer), *prompts(tokenizer, do_sample=True, seed=3, temperature=1.3)]
+    ways = [{}] * len(TEXTS) + [{"do_sample": True, "temperature": 1.3, "top_k": 0}] * len(TEXTS)
+    before = [by_transformers(model, prompt, **way) for prompt, way in zip(asked, ways, strict=True)]
+    model.generation_config.update(**rare)
+    expected = [by_transformers(model, prompt, **way) for prompt, way in zip(asked, ways, strict=True)]
+    assert expected != before
+    found = finished(Generator(model, tokenizer, 64, 256), asked)
+    assert [ids(generation) for generation in found] == expected
 
 
 SAMPLING = [
