@@ -21,8 +21,8 @@ Activation = Literal["softmax", "sigmoid", "none"]
 class TextClassificationParameters(CommonParameters):
     """top_k: keep the k most probable labels (None: all). function_to_apply: instead of the model's own activation.
 
-    threshold: keep the labels with at least this score; "learned": each label by the threshold that training found
-    for it. Absent, all labels are answered, as the pipeline of transformers does.
+    threshold: keep the labels with at least this score; "learned", for a model of several labels: each by the threshold
+    that training found for it, or 0.5. Absent, all labels are answered, as the pipeline of transformers does.
     """
 
     top_k: int | None = at_least(1)
@@ -44,12 +44,13 @@ class TextClassification(EncoderTask):
         self.inputs = TextInputs(model_dir, config, settings.max_length, settings.stride)
         self._labels = label_names(config)
         self._activation = own_activation(config)
-        self._thresholds = _thresholds(settings.options.get("thresholds"), self._labels)
+        usual = dict.fromkeys(self._labels, 0.5) if self._activation == "sigmoid" else None
+        self._thresholds = _thresholds(settings.options.get("thresholds", usual), self._labels)
 
     def read(self, value: Any, parameters: Any) -> Sequence[Text]:
         """A string, `{"text": …}`, or a pair `{"text": …, "text_pair": …}`."""
         if parameters.threshold == "learned" and self._thresholds is None:
-            raise InvalidParameter('this model has no learned thresholds; send a number as "threshold"')
+            raise InvalidParameter('this model has no thresholds of its own; send a number as "threshold"')
         expected = 'a string, {"text": string} or {"text": string, "text_pair": string}'
         if not isinstance(value, dict):
             return [read_text(value, expected)]
