@@ -54,7 +54,9 @@ def _from_base64(text: str, what: str) -> bytes:
     if _URL.match(text):
         raise InvalidInput(f"addresses are not fetched: send the bytes of the {what} itself, or base64")
     prefix = _DATA_URI.match(text)
+    encoded = text[prefix.end() if prefix else 0 :]
     try:
-        return base64.b64decode("".join(text[prefix.end() if prefix else 0 :].split()), validate=True)
+        # Some encoders break lines; nothing else may stand between the letters, or a short text would pass for base64.
+        return base64.b64decode(encoded.replace("\r", "").replace("\n", ""), validate=True)
     except (binascii.Error, ValueError):
         raise UnreadableRequest(f"the {what} is a string that is not base64; send its bytes, or base64") from None

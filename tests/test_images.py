@@ -296,6 +296,7 @@ REFUSED: dict[str, tuple[Any, type[RequestError], str]] = {
     "address in b64": ({"b64": "http://localhost:8081/models"}, InvalidInput, "addresses are not fetched"),
     "path": ("/etc/hostname.png", UnreadableRequest, "not base64"),
     "text": ("a cat on a mat", UnreadableRequest, "not base64"),
+    "short text": ("a cat", UnreadableRequest, "not base64"),
     "letters beyond ascii": ("日本語", UnreadableRequest, "not base64"),
     "lone surrogate": ("\ud800", UnreadableRequest, "not base64"),
     "no characters": ("", UnreadableRequest, "has no bytes"),
