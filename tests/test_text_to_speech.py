@@ -36,7 +36,8 @@ from training.errors import UserError
 
 
 def train_here(*arguments: object) -> None:
-    """Runs train.py in this process, which spares it the imports."""
+    """Runs train.py in this process, which spares it the imports; more threads would only get into each other's way."""
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         train.main()

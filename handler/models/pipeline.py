@@ -90,11 +90,14 @@ def check(folder: Path) -> dict[str, int]:
     if not (isinstance(known, type) and issubclass(known, DiffusionPipeline)):
         raise ValueError(f"{path}: {kind} is no pipeline of the installed diffusers, and no other code is run")
     for name, library in libraries.items():
-        if library not in (None, "diffusers", "transformers") and not (_PIPELINES / str(library)).is_dir():
+        own = str(library).isidentifier() and (_PIPELINES / str(library)).is_dir()
+        if library not in (None, "diffusers", "transformers") and not own:
             raise ValueError(f"{path}: {name} comes from {library}; only diffusers and transformers are used")
-    for file in sorted(folder.rglob("*")):
+    # In the folder itself there may be what serves the model; diffusers looks for code where it looks for components.
+    for file in sorted(path for name in libraries for path in (folder / name).rglob("*")):
         if file.suffix == ".py":
             raise ValueError(f"{file}: code in a model's folder is not run; remove it, if the pipeline works without")
+    for file in sorted(folder.rglob("*")):
         if file.suffix in _PICKLES:
             raise ValueError(
                 f"{file}: pickled weights are not loaded; load the pipeline once with diffusers and save it with "
