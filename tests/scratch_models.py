@@ -17,6 +17,8 @@ SIZES = {
     "t5": "d_model=32 d_ff=64 num_heads=2 d_kv=16 initializer_factor=3.0",
     "bart": "d_model=32 encoder_attention_heads=2 decoder_attention_heads=2 init_std=0.3",
     "marian": "d_model=32 encoder_attention_heads=2 decoder_attention_heads=2 init_std=0.3",
+    "mbart": "d_model=32 encoder_layers=2 decoder_layers=2 encoder_attention_heads=2 decoder_attention_heads=2 "
+    "encoder_ffn_dim=64 decoder_ffn_dim=64 max_position_embeddings=256 init_std=0.3",
 }
 
 
