@@ -1,7 +1,7 @@
 """Feature extraction and sentence similarity: the vectors that sentence-transformers gives for the same model."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -356,9 +356,7 @@ def test_the_api_has_parameters_beside_the_inputs(minilm: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def embedders(
-    minilm: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+def embedders(minilm: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Served:
     store = tmp_path_factory.mktemp("embedders")
     similar = run_train(tmp_path_factory.mktemp("similar") / "similar", "sentence-similarity")
     for folder in (minilm, similar):

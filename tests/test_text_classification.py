@@ -1,7 +1,7 @@
 """Text classification: one label or several, numbers and pairs of texts, by models of every family."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -514,7 +514,7 @@ def test_a_trained_model_is_bundled_as_it_is(emotions: Path, run_train: Callable
 @pytest.fixture(scope="module")
 def classifiers(
     emotions: Path, stars: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+) -> Served:
     store = tmp_path_factory.mktemp("classifiers")
     for folder in (emotions, stars):
         archive(folder, store)

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +252,7 @@ def test_data_for_something_else(columns: tuple[str, ...], labels: list[Any], wo
 
 
 @pytest.fixture(scope="module")
-def judges(
-    model: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+def judges(model: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Served:
     store = tmp_path_factory.mktemp("judges")
     archive(model, store)
     return start_server(store)
