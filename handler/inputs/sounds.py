@@ -316,9 +316,7 @@ class SpeechFeatures:
         return np.asarray((samples - samples.mean()) / np.sqrt(samples.var() + 1e-7))
 
 
-def load_features(
-    extractor: Mapping[str, Any], config: Mapping[str, Any], max_length: int, stride: int
-) -> Features:
+def load_features(extractor: Mapping[str, Any], config: Mapping[str, Any], max_length: int, stride: int) -> Features:
     """The features that a model is given. extractor: settings of its feature extractor; config: its `config.json`.
 
     Raises ValueError if the feature extractor is not one whose results are reproduced here.

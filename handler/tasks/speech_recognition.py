@@ -36,6 +36,7 @@ class SpeechRecognition(EncoderTask):
 
     auto_model: ClassVar[str] = "AutoModelForCTC"
     Parameters: ClassVar[type[CommonParameters]] = SpeechRecognitionParameters
+    inputs: SoundInputs
     measure: ClassVar[Measure] = Measure("sound", "seconds", "max_seconds")
 
     def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:

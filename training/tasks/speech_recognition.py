@@ -187,7 +187,7 @@ def _load_tokenizer(base: BaseModel, splits: Splits) -> Wav2Vec2CTCTokenizer:
         return _new_tokenizer(texts)
     with models.loading(base, _PURPOSE):
         tokenizer = AutoTokenizer.from_pretrained(base.location, trust_remote_code=False)
-        if type(tokenizer) is not Wav2Vec2CTCTokenizer:
+        if not isinstance(tokenizer, Wav2Vec2CTCTokenizer):
             raise ValueError(f"its tokenizer is a {type(tokenizer).__name__}, not a Wav2Vec2CTCTokenizer")
     characters = {character for text in texts for character in (text.upper() if tokenizer.do_lower_case else text)}
     if unknown := sorted(characters - tokenizer.get_vocab().keys() - {" "}):
