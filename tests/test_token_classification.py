@@ -601,7 +601,7 @@ def inference_client(served: Served, model: str) -> InferenceClient:
 @pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_inference_client(served: Served, strategy: Any) -> None:
-    text = "Then Zorblax Quimby walked to Port Ozma"
+    text = "the river and then Zorblax Quimby walked slowly near Port Ozma"
     found = inference_client(served, "ner-toy").token_classification(text, aggregation_strategy=strategy)
     names = [text[entry.start : entry.end] for entry in found]
     if strategy == "none":
