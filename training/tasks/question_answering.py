@@ -78,7 +78,7 @@ class QuestionAnswering(TrainingTask):
         purpose = "a question-answering model"
         texts = [*splits.train["context"], *splits.train["question"]] if splits.train else ()
         tokenizer = models.load_tokenizer(base, purpose, texts)
-        # Rows are long enough for the fused kernel, which transformers takes where a model has it, to be the faster one.
+        # Rows are long enough for the fused kernel to be faster; transformers takes it where a model has one.
         changes = {name: value for name, value in models.attention().items() if name != "attn_implementation"}
         model = models.load(base, AutoModelForQuestionAnswering, purpose, tokenizer, **changes)
         model.config.pad_token_id = tokenizer.pad_token_id
