@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> None:
             work=work / "pack",
             target=built,
         )
+        _end_if_interrupted()
         with locked(arguments.store):
             publish(built, target, arguments.version, force=arguments.force)
     print(f"{target}: version {arguments.version}, {backend} {precision}, {target.stat().st_size / 1e6:.1f} MB")
@@ -77,6 +79,7 @@ def choose(bundle: source.Bundle, arguments: argparse.Namespace, work: Path) -> 
     except UserError as error:
         if arguments.backend != "auto" or backend == "torch":
             raise
+        _end_if_interrupted()
         print(f"{error}; trying torch", file=sys.stderr)
         backend = "torch"
         found = build(bundle, backend, ["fp32"] if auto else precisions, arguments, work)
@@ -190,7 +193,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+_interrupted = False
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Ctrl-C. Remembered, too: what is raised may be lost in a destructor, or come out of OpenVINO as another error."""
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def _end_if_interrupted() -> None:
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         main(sys.argv[1:])
     except UserError as error:

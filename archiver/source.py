@@ -88,17 +88,17 @@ def check(path: Path) -> Bundle:
             task(path, settings, config)
     with _reading(path / golden.FILE_NAME) as examples:
         golden.read(examples)
-    with _reading(path / "validation.jsonl") as validation:
-        rows = _json_lines(validation)
-        if any(not {"inputs", "target"} <= row.keys() for row in rows):
-            raise ValueError("a line has no inputs or no target")
     with _reading(path / "metrics.json") as file:
         metrics = json.loads(file.read_text(encoding="utf-8"))
         labels, scores = list(metrics["labels"]), metrics["splits"].get("validation")
         metric = str(metrics["primary"])
         reference = float(scores[metric]) if scores else None
+    with _reading(path / "validation.jsonl") as validation:
+        rows = _json_lines(validation)
+        if any(not {"inputs", "target"} <= row.keys() for row in rows):
+            raise ValueError("a line has no inputs or no target")
         if bool(rows) != (reference is not None):
-            raise ValueError("validation.jsonl and the validation metrics do not belong together")
+            raise ValueError("it does not belong to the validation scores in metrics.json")
     return Bundle(path, settings, task, labels, rows, metric, reference)
 
 

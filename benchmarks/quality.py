@@ -61,7 +61,7 @@ class Experiment:
 
     arguments: those of train.py besides --output-dir and --seed. figure: the name of the figure and its value, from the
     bundle's metrics.json or by asking the bundle. baseline: what it is compared with, and its value. target: what the
-    figure must reach at least (at most, where lower is better).
+    figure must reach at least (at most, where lower is better). goal: a target of its own.
     """
 
     name: str
@@ -72,9 +72,13 @@ class Experiment:
     baseline: str
     baseline_value: Callable[[Context, Path], float]
     lower_is_better: bool = False
+    goal: float | None = None
+    seed: int = SEED
 
     def target(self, baseline: float) -> float:
-        """Clearly better than the baseline: a quarter of the way from it to perfection."""
+        """The goal, if one is set; else clearly better than the baseline: a quarter of the way to perfection."""
+        if self.goal is not None:
+            return self.goal
         return baseline * 0.75 if self.lower_is_better else baseline + (1 - baseline) / 4
 
 
@@ -109,7 +113,7 @@ def run(experiment: Experiment, context: Context) -> dict[str, Any]:
     """Trains one model through train.py and measures it."""
     place = context.bundle(experiment.name)
     shutil.rmtree(place, ignore_errors=True)
-    given = [*experiment.arguments(context), "--seed", str(SEED)]
+    given = [*experiment.arguments(context), "--seed", str(experiment.seed)]
     command = ["train.py", *given, "--output-dir", str(place), *(QUICK if context.quick else ())]
     print(f"== {experiment.name}", flush=True)
     started = time.monotonic()
@@ -124,7 +128,7 @@ def run(experiment: Experiment, context: Context) -> dict[str, Any]:
         "data": experiment.data,
         "task": metrics["task"],
         "command": portable(" ".join(["python", *command[: len(given) + 1]]), context),
-        "seed": SEED,
+        "seed": experiment.seed,
         "epochs": round(epochs[-1], 2) if epochs else None,
         "seconds": round(seconds, 1),
         "figure": experiment.figure,
@@ -351,6 +355,18 @@ EXPERIMENTS = (
         without_neutral,
         "majority class",
         constant(444 / 872),
+        goal=0.8,
+    ),
+    Experiment(
+        "reviews-to-sst2-again",
+        "the same with another seed",
+        reviews,
+        "accuracy, neutral left out",
+        without_neutral,
+        "majority class",
+        constant(444 / 872),
+        goal=0.8,
+        seed=43,
     ),
     Experiment(
         "sst2",
@@ -496,7 +512,10 @@ EXPERIMENTS = (
     Experiment(
         "mnist-vae",
         "variational autoencoder on MNIST (3,000 images)",
-        lambda c: ["--task", "text-to-image", *mnist(c), "--from-scratch", "vae"],
+        lambda c: [
+            *("--task", "text-to-image", *mnist(c), "--from-scratch", "marble-vae latent_size=32"),
+            *("--learning-rate", "2e-3", "--num-train-epochs", "60"),
+        ],
         "digits that mnist-vit names as asked for",
         digits_named_rightly,
         "any digit",
@@ -505,7 +524,10 @@ EXPERIMENTS = (
     Experiment(
         "mnist-gan",
         "generative adversarial network on MNIST (3,000 images)",
-        lambda c: ["--task", "text-to-image", *mnist(c), "--from-scratch", "gan"],
+        lambda c: [
+            *("--task", "text-to-image", *mnist(c), "--from-scratch", "marble-gan"),
+            *("--learning-rate", "1e-3", "--num-train-epochs", "60"),
+        ],
         "digits that mnist-vit names as asked for",
         digits_named_rightly,
         "any digit",

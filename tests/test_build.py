@@ -336,7 +336,7 @@ def test_a_bundle_that_lacks_a_file(small: Path, tmp_path: Path, build_here: Bui
         ("golden.jsonl", "", "empty"),
         ("golden.jsonl", "nonsense\n", "not JSON"),
         ("golden.jsonl", '{"inputs": "text"}\n', "predictions"),
-        ("validation.jsonl", "", "do not belong together"),
+        ("validation.jsonl", "", "does not belong to the validation scores"),
         ("validation.jsonl", '{"inputs": "no target"}\n', "target"),
         ("metrics.json", "{}", "labels"),
         ("metrics.json", "{", "Expecting"),
@@ -385,13 +385,14 @@ def test_a_golden_set_that_was_changed_is_refused(small: Path, tmp_path: Path, b
     assert written(tmp_path / "store") == []
 
 
-def test_auto_falls_back_and_says_why_both_precisions_failed(small: Path, tmp_path: Path) -> None:
+def test_auto_falls_back_and_says_why_each_choice_failed(small: Path, tmp_path: Path) -> None:
     change_third_example(small, predictions=[{"label": "negative", "score": 1.0}])
     done = build(small, tmp_path / "store")
     assert done.returncode == 1
     assert "openvino fp32 does not pass: golden example 3" in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("build_mar.sh: openvino ")
+    assert "torch fp32 does not pass: golden example 3" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("build_mar.sh: torch fp32 did not pass")
     assert written(tmp_path / "store") == []
 
 
