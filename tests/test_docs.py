@@ -1,0 +1,37 @@
+"""The docs name what there is: every task, every parameter, every file of tests."""
+
+import re
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+from handler import tasks
+from handler.parameters import CommonParameters
+from training.tasks import REGISTRY as TRAINED
+
+TEXT = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+ROWS = {match[1]: match[0] for match in re.finditer(r"^\| \[([a-z-]+)\]\(#[a-z-]+\) .*$", TEXT, re.MULTILINE)}
+
+
+def test_every_task_has_a_row_and_no_other_has() -> None:
+    assert ROWS.keys() == tasks.REGISTRY.keys() == TRAINED.keys()
+
+
+@pytest.mark.parametrize("name", sorted(tasks.REGISTRY))
+def test_a_row_is_backed_by_tests_and_a_section(name: str) -> None:
+    [file] = re.findall(r"`(tests/test_\w+\.py)`", ROWS[name])
+    assert (ROOT / file).is_file()
+    [anchor] = re.findall(r"\(#([a-z-]+)\)", ROWS[name])
+    sections = {title.lower().replace(" ", "-") for title in re.findall(r"^## (.+)$", TEXT, re.MULTILINE)}
+    assert anchor in sections
+    openvino = issubclass(tasks.load(name), tasks.EncoderTask)
+    assert ("openvino" in ROWS[name]) == openvino
+
+
+@pytest.mark.parametrize("name", sorted(tasks.REGISTRY))
+def test_every_parameter_is_named(name: str) -> None:
+    own = {field.name for field in fields(tasks.load(name).Parameters)} - {
+        field.name for field in fields(CommonParameters)
+    }
+    assert [parameter for parameter in sorted(own) if f"`{parameter}`" not in TEXT] == []
