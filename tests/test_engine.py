@@ -488,17 +488,19 @@ def test_a_small_token_budget_changes_no_answer(engine: Engine, bundle: Path, mi
 # --- bad input
 
 SURROGATE = "half a pair: \ud83d"
+EXPECTED = 'an input must be a string, {"text": string} or {"text": string, "text_pair": string}'
 BAD: list[tuple[Any, type[RequestError], str]] = [
     (SURROGATE, UnreadableRequest, "the text has half of a surrogate pair at character 13: send whole characters"),
     ("\udcff", UnreadableRequest, "the text has half of a surrogate pair at character 0: send whole characters"),
-    (None, InvalidInput, 'an input must be a string or {"text": string}, not NoneType'),
-    (7, InvalidInput, 'an input must be a string or {"text": string}, not int'),
-    (True, InvalidInput, 'an input must be a string or {"text": string}, not bool'),
-    (["a"], InvalidInput, 'an input must be a string or {"text": string}, not list'),
+    (None, InvalidInput, EXPECTED + ", not NoneType"),
+    (7, InvalidInput, EXPECTED + ", not int"),
+    (True, InvalidInput, EXPECTED + ", not bool"),
+    (["a"], InvalidInput, EXPECTED + ", not list"),
     (b"a", UnsupportedMediaType, "this model takes text, not bytes of an image, a sound or another file"),
-    ({}, InvalidInput, 'an input must be a string or {"text": string}, not dict'),
-    ({"text": 1}, InvalidInput, 'an input must be a string or {"text": string}, not int'),
-    ({"text": "a", "text_pair": "b"}, InvalidInput, 'an input must be a string or {"text": string}, not dict'),
+    ({}, InvalidInput, EXPECTED),
+    ({"text": 1}, InvalidInput, EXPECTED + ", not int"),
+    ({"text": "a", "text_pair": 1}, InvalidInput, EXPECTED + ", not int"),
+    ({"text": "a", "pair": "b"}, InvalidInput, EXPECTED),
     ({"text": "\ud800"}, UnreadableRequest, "half of a surrogate pair"),
 ]
 
