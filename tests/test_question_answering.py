@@ -583,6 +583,7 @@ def test_batches_of_long_rows_are_bounded_and_the_step_stays(tmp_path: Path) -> 
     settings = task.settings(model, tokenizer, options)
     assert settings == {"max_length": 384, "stride": 128, "overflow": "window"}
     arguments = train.parse(["--train-file", str(path), "--output-dir", str(tmp_path / "out")])[1]
+    arguments.choose_by(task.metrics)
     trainer = task.trainer(model, tokenizer, found, options, arguments, settings)
     size, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
     assert size * steps == 32
@@ -780,7 +781,7 @@ def test_inference_client(served: Served) -> None:
     context = "the river walked slowly and a silver spoon fell on quiet stones"
     client = inference_client(served, "qa-toy")
     answer = client.question_answering("What was found?", context)
-    assert (answer.answer, answer.start, answer.end) == ("silver spoon", 28, 40)
+    assert (answer.answer, answer.start, answer.end) == ("silver spoon", 30, 42)
     several = client.question_answering(
         "What was found?",
         context,
@@ -832,8 +833,8 @@ def test_naughty_strings_end_no_worker(served: Served, naughty: list[str], same_
                 batch = inputs[start : start + 250]
                 predictions = client.predict(model, batch, {"max_question_len": 40}).predictions
                 for value, prediction in zip(batch, predictions, strict=True):
-                    if isinstance(prediction, marble_client.ItemError):
-                        assert prediction.code == 422  # an empty one, or one without a word
+                    if "error" in prediction:
+                        assert prediction["code"] == 422  # an empty one, or one without a word
                     else:
                         answered += 1
                         assert prediction["answer"] == value["context"][prediction["start"] : prediction["end"]]

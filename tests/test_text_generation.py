@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import socket
 import struct
 import sys
@@ -911,7 +912,7 @@ def faulty() -> Iterator[Callable[..., marble_client.RestClient]]:
         for reply in replies:
             connection, _ = listener.accept()
             with connection:
-                connection.recv(65536)
+                read_request(connection)
                 for piece in reply:
                     if isinstance(piece, bytes):
                         connection.sendall(piece)
@@ -928,6 +929,17 @@ def faulty() -> Iterator[Callable[..., marble_client.RestClient]]:
     for client in clients:
         client.close()
     listener.close()
+
+
+def read_request(connection: socket.socket) -> None:
+    """Reads a whole request: closed with a part of it unread, a connection is reset, and the reply is lost."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(65536)
+    head, _, body = received.partition(b"\r\n\r\n")
+    [length] = re.findall(rb"content-length: (\d+)", head.lower())
+    while len(body) < int(length):
+        body += connection.recv(65536)
 
 
 def chunk(content: bytes) -> bytes:

@@ -387,6 +387,7 @@ def test_windows_of_a_long_sentence_lose_and_repeat_no_label(tmp_path: Path) -> 
     found = task.read(options, 0, base)
     model, tokenizer = task.load(base, found, options)
     arguments = train.parse(["--train-file", str(path), "--output-dir", str(tmp_path / "out")])[1]
+    arguments.choose_by(task.metrics)
     trainer = task.trainer(model, tokenizer, found, options, arguments, task.settings(model, tokenizer, options))
     windows = trainer.train_dataset["labels"]
     assert len(windows) > 20

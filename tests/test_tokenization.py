@@ -163,5 +163,6 @@ def test_windows_over_one_text_of_a_pair(bundle: Path, reference: Any) -> None:
 def test_a_pair_that_leaves_no_room_is_an_error_of_its_own(bundle: Path) -> None:
     inputs = TextInputs(bundle, {}, 64, 8, truncation="only_second")
     good, bad = ("who?", "someone"), ("who " * 90, "someone")
-    outcomes = inputs.encode([good, bad, good])
-    assert [type(outcome) for outcome in outcomes] == [Encoded, TooLarge, Encoded]
+    tight = ("who " * 56, "someone is a long way off")  # room for less than the stride, where tokenizers panics
+    outcomes = inputs.encode([good, bad, good, tight])
+    assert [type(outcome) for outcome in outcomes] == [Encoded, TooLarge, Encoded, TooLarge]

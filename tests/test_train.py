@@ -435,9 +435,9 @@ def test_integer_labels_imbalance_bad_rows_a_test_file_and_a_base_of_other_label
     assert "train: 48 rows (0 40, 1 8)" in printed
     assert "validation: 61 rows (0 30, 1 31)" in printed
     assert "left out 2 rows" in printed
-    assert "out of balance: '0' has 40 training rows and '1' 8" in printed
+    assert "out of balance: '0' has 40 in training and '1' 8" in printed
     assert "for 4 steps" in printed
-    assert re.search(r"test: accuracy [01]\.\d{4}, macro-F1 [01]\.\d{4} \(61 rows\)\ntrue \\ predicted", printed)
+    assert re.search(r"test: accuracy [01]\.\d{4}, macro-f1 [01]\.\d{4} \(61 rows\)\ntrue \\ predicted", printed)
     assert load(place / "config.json")["id2label"] == {"0": "0", "1": "1"}
     metrics = load(place / "metrics.json")
     assert metrics["labels"] == ["0", "1"]

@@ -58,11 +58,18 @@ class TextInputs:
         """
         try:
             encodings = self.tokenizer.encode_batch(list(samples))
-        except Exception:
-            # A text of a pair that must not be cut leaves no room for the other: find the culprits one by one.
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            # A text of a pair that must not be cut leaves no room for the other: find the culprits one by one. Where
+            # the room is smaller than the stride, tokenizers panics, and a panic is no Exception.
             if len(samples) > 1:
                 return [encoded for sample in samples for encoded in self.encode([sample])]
-            return [TooLarge(f"the shorter text alone fills the {self._max_length} tokens that the model takes")]
+            return [
+                TooLarge(
+                    f"the text that must stay whole leaves no room in the {self._max_length} tokens that the model takes"
+                )
+            ]
         long = [index for index, encoding in enumerate(encodings) if encoding.overflowing]
         lengths = dict(zip(long, self._lengths([samples[index] for index in long]), strict=True)) if long else {}
         encoded: list[Encoded | RequestError] = []
