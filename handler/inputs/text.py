@@ -65,11 +65,7 @@ class TextInputs:
             # the room is smaller than the stride, tokenizers panics, and a panic is no Exception.
             if len(samples) > 1:
                 return [encoded for sample in samples for encoded in self.encode([sample])]
-            return [
-                TooLarge(
-                    f"the text that must stay whole leaves no room in the {self._max_length} tokens that the model takes"
-                )
-            ]
+            return [TooLarge(f"the text that must stay whole leaves no room in the model's {self._max_length} tokens")]
         long = [index for index, encoding in enumerate(encodings) if encoding.overflowing]
         lengths = dict(zip(long, self._lengths([samples[index] for index in long]), strict=True)) if long else {}
         encoded: list[Encoded | RequestError] = []
