@@ -296,6 +296,6 @@ def test_naughty_strings_end_no_worker(judges: Served, shared: Path) -> None:
         # A label that alone fills the model is refused.
         assert ask("a text", candidate_labels=labels[start : start + 128]).status_code in (200, 413)
     for string in strings[::20]:
-        assert ask("a text", candidate_labels=LABELS, hypothesis_template=f"{string} {{}}").status_code == 200
+        assert ask("a text", candidate_labels=LABELS, hypothesis_template=f"{string} {{}}").status_code in (200, 413)
         assert ask("a text", candidate_labels=LABELS, multi_label=string).status_code == 422
     assert judges.workers() == workers
