@@ -32,6 +32,9 @@ from training.options import Options, TrainerOptions
 from training.progress import interrupted_between_steps
 from training.tasks import Splits
 
+# Training examples that an int8 model is calibrated on.
+_CALIBRATION = 300
+
 
 def main() -> None:
     options, arguments = parse(sys.argv[1:])
@@ -84,6 +87,9 @@ def main() -> None:
             }
             known = examples.get("validation", [])
             bundle.write_lines(stage, "validation.jsonl", known)
+            if splits.train is not None:
+                chosen = splits.train.shuffle(seed=arguments.seed).select(range(min(_CALIBRATION, len(splits.train))))
+                bundle.write_calibration(stage, task.examples(chosen, splits.labels))
             # From here on the engine speaks: what is measured and recorded is what will be served.
             engine = Engine(stage)
             golden = bundle.write_golden(stage, engine, task.golden(known, engine.settings.max_length, arguments.seed))
@@ -96,8 +102,7 @@ def main() -> None:
                 "rows_per_label": counts,
                 "rows_skipped": splits.skipped,
                 "splits": {
-                    name: task.score(evaluation.predict(engine, rows), [row["target"] for row in rows], splits.labels)
-                    for name, rows in examples.items()
+                    name: evaluation.measure(engine, task, rows, splits.labels) for name, rows in examples.items()
                 },
                 **history,
             }

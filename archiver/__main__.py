@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
-from archiver import convert, gate, pack, source
-from handler.backends import BACKENDS, PRECISIONS
+from archiver import pack, source
+from archiver.optimise import Optimiser
+from handler.backends import PRECISIONS
 from handler.digests import sha256
 from training.errors import UserError
 
@@ -40,84 +39,26 @@ def main(argv: list[str]) -> None:
 
     with tempfile.TemporaryDirectory(prefix="marble-build-") as folder:
         work = Path(folder)
-        model_dir, backend, precision = choose(bundle, arguments, work)
+        (work / "candidates").mkdir()
+        optimiser = Optimiser(bundle, arguments.max_drop, work / "candidates", _end_if_interrupted)
+        choice = optimiser.choose(arguments.backend, arguments.precision, force=arguments.force)
         built = work / target.name
         (work / "pack").mkdir()
         pack.pack(
-            model_dir,
+            choice.model_dir,
             name,
             arguments.version,
-            without_torch=backend == "openvino",
+            without_torch=choice.backend == "openvino",
             work=work / "pack",
             target=built,
         )
         _end_if_interrupted()
         with locked(arguments.store):
             publish(built, target, arguments.version, force=arguments.force)
-    print(f"{target}: version {arguments.version}, {backend} {precision}, {target.stat().st_size / 1e6:.1f} MB")
+    size = target.stat().st_size / 1e6
+    print(f"{target}: version {arguments.version}, {choice.backend} {choice.precision}, {size:.1f} MB")
     print(f"sha256 {sha256(target)}")
     print(f"next: scripts/serve --models {name}={target.name}")
-
-
-def choose(bundle: source.Bundle, arguments: argparse.Namespace, work: Path) -> tuple[Path, str, str]:
-    """The model folder that passes the gate, its backend and its precision.
-
-    `auto` is OpenVINO where the task can run on it, in bf16 where the CPU has it, and falls back to torch and to fp32.
-    Raises UserError if no choice passes.
-    """
-    if arguments.backend == "openvino" and not bundle.runs_on_openvino:
-        raise UserError(f"--backend openvino: {bundle.settings.task} runs on torch only; leave --backend out")
-    backend = arguments.backend
-    if backend == "auto":
-        backend = "openvino" if bundle.runs_on_openvino else "torch"
-    auto = arguments.precision == "auto"
-    precisions = [arguments.precision]
-    if auto:
-        precisions = ["bf16", "fp32"] if bundle.runs_on_openvino and convert.cpu_has_bf16() else ["fp32"]
-    try:
-        found = build(bundle, backend, precisions, arguments, work)
-    except UserError as error:
-        if arguments.backend != "auto" or backend == "torch":
-            raise
-        _end_if_interrupted()
-        print(f"{error}; trying torch", file=sys.stderr)
-        backend = "torch"
-        found = build(bundle, backend, ["fp32"] if auto else precisions, arguments, work)
-    return found[0], backend, found[1]
-
-
-def build(
-    bundle: source.Bundle, backend: str, precisions: list[str], arguments: argparse.Namespace, work: Path
-) -> tuple[Path, str]:
-    """The model folder of the first precision that passes the gate. Raises UserError if none does."""
-    for precision in precisions:
-        model_dir = work / f"{backend}-{precision}"
-        model_dir.mkdir()
-        print(f"{backend} {precision}: converting and checking …", flush=True)
-        convert.write(bundle, backend, precision, model_dir)
-        write_config(bundle, model_dir, backend, precision)
-        verdict = gate.check(bundle, model_dir, arguments.max_drop)
-        print(f"{backend} {precision}: {verdict}", flush=True)
-        if verdict.passed or (arguments.force and arguments.precision != "auto"):
-            if not verdict.passed:
-                print(f"warning: built because of --force, though {verdict.reason}", file=sys.stderr)
-            return model_dir, precision
-        print(f"{backend} {precision} does not pass: {verdict.reason}", file=sys.stderr)
-    raise UserError(
-        f"{backend} {' and '.join(precisions)} did not pass the quality gate, as said above; "
-        "try another --backend or --precision, or --max-drop"
-    )
-
-
-def write_config(bundle: source.Bundle, model_dir: Path, backend: str, precision: str) -> None:
-    """The archive's `model-config.yaml`: the bundle's, with the choices made here."""
-    config = yaml.safe_load((bundle.path / "model-config.yaml").read_text(encoding="utf-8"))
-    config["handler"] |= {
-        "backend": backend,
-        "precision": precision,
-        "golden_tolerance": gate.GOLDEN_TOLERANCE[precision],
-    }
-    (model_dir / "model-config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def publish(built: Path, target: Path, version: str, *, force: bool) -> None:
@@ -180,10 +121,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="model name (default: the bundle's folder name)")
     parser.add_argument("--version", default="1.0", help="numbers separated by dots (default: %(default)s)")
     parser.add_argument(
-        "--backend", choices=("auto", *BACKENDS), default="auto", help="auto: openvino where the task can run on it"
+        "--backend", choices=("auto", *PRECISIONS), default="auto", help="auto: the fastest on this machine"
     )
     parser.add_argument(
-        "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: bf16 where the CPU has it, else fp32"
+        "--precision",
+        choices=("auto", *dict.fromkeys(name for names in PRECISIONS.values() for name in names)),
+        default="auto",
+        help="auto: the fastest on this machine that keeps the golden set and the validation metric",
     )
     parser.add_argument(
         "--max-drop", type=float, default=0.5, help="points of the validation metric that may be lost (default: 0.5)"

@@ -23,7 +23,10 @@ _REQUIRED = {
     "metrics.json": "the metrics",
 }
 # What a bundle holds for people and for the gate, and an archive does not need.
-_LEFT_OUT = {"model-config.yaml", "validation.jsonl", "metrics.json", "provenance.json", "report.html"}
+_LEFT_OUT = {
+    *("model-config.yaml", "validation.jsonl", "calibration.jsonl", "candidates.json"),
+    *("metrics.json", "provenance.json", "report.html"),
+}
 # A model's files besides its weights: configurations, vocabularies, tokenizer models and the model card.
 _KEPT_SUFFIXES = {".json", ".jsonl", ".txt", ".md", ".model", ".spm", ".jinja"}
 _WEIGHTS = ".safetensors"
@@ -34,7 +37,8 @@ class Bundle:
     """A checked bundle.
 
     validation: examples with `inputs`, `target` and perhaps `parameters`. metric: what is measured on them, e.g.
-    "accuracy"; reference: its value for torch fp32, None if there are no examples.
+    "accuracy"; reference: its value for torch fp32, None if there are no examples. calibration: what int8 is calibrated
+    on, training inputs where there are any: as `validation`, without targets.
     """
 
     path: Path
@@ -44,6 +48,7 @@ class Bundle:
     validation: list[dict[str, Any]]
     metric: str
     reference: float | None
+    calibration: list[dict[str, Any]]
 
     @property
     def runs_on_openvino(self) -> bool:
@@ -86,8 +91,8 @@ def check(path: Path) -> Bundle:
         config = read_config(path)
         if issubclass(task, EncoderTask):
             task(path, settings, config)
-    with _reading(path / golden.FILE_NAME) as examples:
-        golden.read(examples)
+    with _reading(path / golden.FILE_NAME) as file:
+        examples = golden.read(file)
     with _reading(path / "metrics.json") as file:
         metrics = json.loads(file.read_text(encoding="utf-8"))
         labels, scores = list(metrics["labels"]), metrics["splits"].get("validation")
@@ -99,7 +104,13 @@ def check(path: Path) -> Bundle:
             raise ValueError("a line has no inputs or no target")
         if bool(rows) != (reference is not None):
             raise ValueError("it does not belong to the validation scores in metrics.json")
-    return Bundle(path, settings, task, labels, rows, metric, reference)
+    calibration = rows
+    if (path / "calibration.jsonl").exists():
+        with _reading(path / "calibration.jsonl") as file:
+            calibration = _json_lines(file)
+            if any("inputs" not in row for row in calibration):
+                raise ValueError("a line has no inputs")
+    return Bundle(path, settings, task, labels, rows, metric, reference, calibration or examples)
 
 
 @contextmanager

@@ -46,14 +46,17 @@ class Engine:
 
     `model_dir` is a bundle or an unpacked archive. Keyword arguments replace single settings, e.g. `precision="bf16"`.
     Raises ValueError if the folder is not a model Marble can run, ImportError if the backend is not installed.
+    `backend` runs the model of a task that needs one pass for each row; another may be put in its place.
     """
+
+    backend: backends.Backend
 
     def __init__(self, model_dir: Path, **overrides: Any) -> None:
         self.settings = replace(Settings.load(model_dir), **overrides)
         self.task = tasks.load(self.settings.task)(model_dir, self.settings, read_config(model_dir))
         if isinstance(self.task, EncoderTask):
             names = self.task.output_names
-            self._backend = backends.load(model_dir, self.settings, self.task.auto_model, names)
+            self.backend = backends.load(model_dir, self.settings, self.task.auto_model, names)
         elif self.settings.backend != "torch":
             raise ValueError(f"{self.settings.task} runs on the torch backend only, not on {self.settings.backend}")
 
@@ -188,8 +191,9 @@ class Engine:
         """Each row's outputs, in the order of `rows`."""
         outputs: list[Outputs] = [{}] * len(rows)
         kinds = [task.kind(row) for row in rows]
-        for group in micro_batches([len(row) for row in rows], self.settings.token_budget, kinds):
-            found = self._backend(task.inputs.collate([rows[index] for index in group]))
+        groups = list(micro_batches(list(map(len, rows)), self.settings.token_budget, kinds, self.backend.streams))
+        batches = (task.inputs.collate([rows[index] for index in group]) for group in groups)
+        for group, found in zip(groups, self.backend.run(batches), strict=True):
             for position, index in enumerate(group):
                 row_outputs = {name: array[position] for name, array in found.items()}
                 outputs[index] = task.keep(rows[index], row_outputs)

@@ -25,7 +25,7 @@ def record(engine: Engine, examples: Sequence[Mapping[str, Any]]) -> str:
     examples: `inputs` and, where the task needs them, `parameters`.
     """
     lines = [
-        json.dumps({**example, "predictions": _predict(engine, example)}, ensure_ascii=False) for example in examples
+        json.dumps({**example, "predictions": predict(engine, example)}, ensure_ascii=False) for example in examples
     ]
     return "".join(f"{line}\n" for line in lines)
 
@@ -39,7 +39,7 @@ def replay(engine: Engine, path: Path) -> float:
     examples = read(path)
     tolerance, largest = engine.settings.golden_tolerance, 0.0
     for number, example in enumerate(examples, start=1):
-        drift = engine.task.drift(example["predictions"], _predict(engine, example))
+        drift = engine.task.drift(example["predictions"], predict(engine, example))
         # Written so that a drift that is not a number fails as well.
         if not drift <= tolerance:
             raise GoldenMismatch(
@@ -66,8 +66,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return examples
 
 
-def _predict(engine: Engine, example: Mapping[str, Any]) -> Any:
-    """The prediction as JSON values."""
+def predict(engine: Engine, example: Mapping[str, Any]) -> Any:
+    """The engine's prediction for an example, as JSON values. Raises RequestError if it gives none."""
     [outcome] = engine.predict([Request([example["inputs"]], example.get("parameters", {}))])
     if isinstance(outcome, RequestError):
         raise outcome

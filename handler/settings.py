@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import yaml
 
+from handler import cpus
 from handler.parameters import Overflow
 
 
@@ -15,7 +16,9 @@ class Settings:
     """How the engine runs one model.
 
     task: name in the task registry, e.g. "text-classification".
-    backend: "torch" or "openvino"; precision: "fp32" or "bf16".
+    backend: "torch" or "openvino"; precision: "fp32", "bf16", with OpenVINO "int8", with torch on a GPU "fp16".
+    device: where torch runs: "cpu", "cuda", or "auto", which is a GPU where there is one.
+    compile: whether the torch backend runs through torch.compile.
     max_length: tokens of one sequence, special tokens included.
     stride: tokens that neighbouring windows of one long text share.
     overflow: policy for longer texts where a request names none.
@@ -31,7 +34,8 @@ class Settings:
     stays below TorchServe's `responseTimeout`.
     token_budget: tokens of one micro-batch, padding included.
     max_response_bytes: a longer answer is refused (413); stays below TorchServe's `max_response_size`.
-    threads: intra-op threads; None takes the CPUs this process may use.
+    threads: intra-op threads; None takes this worker's share of the CPUs that the process really has.
+    streams: micro-batches that OpenVINO runs at the same time, each on its share of the threads; None: one a thread.
     golden_tolerance: how far a golden score may drift before the worker refuses to start.
     options: what only this task knows, e.g. thresholds; see the task's own file.
     """
@@ -39,6 +43,8 @@ class Settings:
     task: str
     backend: str = "torch"
     precision: str = "fp32"
+    device: str = "auto"
+    compile: bool = False
     max_length: int = 512
     stride: int = 32
     overflow: Overflow = "truncate"
@@ -51,9 +57,10 @@ class Settings:
     max_new_tokens: int = 512
     max_inference_steps: int = 100
     max_generation_seconds: float = 45.0
-    token_budget: int = 4096
+    token_budget: int = 512
     max_response_bytes: int = 6_000_000
     threads: int | None = None
+    streams: int | None = None
     golden_tolerance: float = 1e-3
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,6 +83,9 @@ class Settings:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(section) - known):
             raise ValueError(f"{path}: unknown handler settings {unknown}; known: {sorted(known)}")
+        workers = document.get("maxWorkers") or document.get("minWorkers")
+        if isinstance(workers, int) and workers > 1 and section.get("threads") is None:
+            section = {**section, "threads": max(1, cpus.available() // workers)}
         try:
             settings = cls(**section)
         except TypeError as error:
@@ -87,3 +97,7 @@ class Settings:
         if not isinstance(settings.options, dict):
             raise ValueError(f"{path}: options must be a mapping")
         return settings
+
+    def cpu_threads(self) -> int:
+        """Intra-op threads to run on."""
+        return self.threads or cpus.available()

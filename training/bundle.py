@@ -28,6 +28,7 @@ from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy", "scikit-learn")
+_CALIBRATION_BYTES = 8_000_000
 # TorchServe's keys of model-config.yaml.
 _SERVING = """\
 # TorchServe reads the keys up to `handler:`; that section is the handler's own (see handler/settings.py).
@@ -92,6 +93,19 @@ def write_lines(stage: Path, name: str, rows: Iterable[Any]) -> None:
     with (stage / name).open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_calibration(stage: Path, examples: Iterable[Mapping[str, Any]]) -> None:
+    """`calibration.jsonl`: training examples without their targets, as many as fit 8 MB (media are large)."""
+    lines: list[dict[str, Any]] = []
+    size = 0
+    for example in examples:
+        line = {name: value for name, value in example.items() if name != "target"}
+        size += len(json.dumps(line))
+        if lines and size > _CALIBRATION_BYTES:
+            break
+        lines.append(line)
+    write_lines(stage, "calibration.jsonl", lines)
 
 
 def write_golden(stage: Path, engine: Engine, examples: Sequence[Mapping[str, Any]]) -> int:

@@ -1,7 +1,7 @@
 """Predictions made by the very engine that will serve the model, and metrics that several tasks share."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from transformers import EvalPrediction
 from handler.engine import Engine
 from handler.errors import Overloaded, RequestError
 from handler.messages import Request
+
+if TYPE_CHECKING:
+    from training.tasks import TrainingTask
 
 _REQUESTS_PER_BATCH = 256
 
@@ -41,6 +44,16 @@ def predict(engine: Engine, examples: Sequence[Mapping[str, Any]]) -> list[Any]:
             else:
                 predictions[index] = outcome.predictions[0]
     return predictions
+
+
+def measure(
+    engine: Engine, task: "TrainingTask", examples: Sequence[Mapping[str, Any]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """The task's metrics of the engine's predictions. examples: as for `predict`, each with its `target`.
+
+    Raises RequestError if the engine refuses one.
+    """
+    return task.score(predict(engine, examples), [example["target"] for example in examples], labels)
 
 
 def classification_metrics(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Backends: arrays in, arrays out. One file per runtime; each imports its runtime only when it is loaded."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,18 +9,20 @@ from numpy.typing import NDArray
 
 from handler.settings import Settings
 
-BACKENDS = ("torch", "openvino")
-PRECISIONS = ("fp32", "bf16")
+# The precisions that each backend runs.
+PRECISIONS = {"torch": ("fp32", "bf16", "fp16"), "openvino": ("fp32", "bf16", "int8")}
 
 
 class Backend(Protocol):
-    """A loaded model."""
+    """A loaded model. streams: micro-batches that it runs at the same time."""
 
-    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """Runs one micro-batch.
+    streams: int
 
-        arrays: [batch, …] by input name, e.g. `input_ids`, int64 [batch, length]; those the model has no input for
-        are ignored. Returns float32 arrays by output name, e.g. `logits` [batch, labels].
+    def run(self, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Iterator[dict[str, NDArray[np.float32]]]:
+        """Runs micro-batches, in order. Takes the next one while it computes, where the runtime can do both at a time.
+
+        batches: arrays [batch, …] by input name, e.g. `input_ids`, int64 [batch, length]; those the model has no input
+        for are ignored. Yields for each float32 arrays by output name, e.g. `logits` [batch, labels].
         """
         ...
 
@@ -33,16 +34,14 @@ def load(model_dir: Path, settings: Settings, auto_model: str, output_names: Seq
 
     Raises ValueError for a backend or precision that does not exist, ImportError if its runtime is not installed.
     """
-    threads = _threads(settings)
+    _check(settings)
     if settings.backend == "torch":
         from handler.backends.torch import TorchBackend
 
-        return TorchBackend(model_dir, settings.precision, threads, auto_model, output_names)
-    if settings.backend == "openvino":
-        from handler.backends.openvino import OpenVinoBackend
+        return TorchBackend(model_dir, settings, auto_model, output_names)
+    from handler.backends.openvino import OpenVinoBackend
 
-        return OpenVinoBackend(model_dir, settings.precision, threads, output_names)
-    raise ValueError(f"backend {settings.backend!r} is not one of {', '.join(BACKENDS)}")
+    return OpenVinoBackend.load(model_dir, settings, output_names)
 
 
 def load_model(model_dir: Path, settings: Settings, auto_model: str) -> Any:
@@ -52,11 +51,15 @@ def load_model(model_dir: Path, settings: Settings, auto_model: str) -> Any:
     """
     from handler.backends import torch
 
-    return torch.load_model(model_dir, settings.precision, _threads(settings), auto_model)
+    _check(settings)
+    return torch.load_model(model_dir, settings, auto_model)
 
 
-def _threads(settings: Settings) -> int:
-    """Threads to run on, once the precision is known to exist."""
-    if settings.precision not in PRECISIONS:
-        raise ValueError(f"precision {settings.precision!r} is not one of {', '.join(PRECISIONS)}")
-    return settings.threads or len(os.sched_getaffinity(0))
+def _check(settings: Settings) -> None:
+    if settings.backend not in PRECISIONS:
+        raise ValueError(f"backend {settings.backend!r} is not one of {', '.join(PRECISIONS)}")
+    if settings.precision not in PRECISIONS[settings.backend]:
+        raise ValueError(
+            f"precision {settings.precision!r} is not one of those of the {settings.backend} backend: "
+            f"{', '.join(PRECISIONS[settings.backend])}"
+        )

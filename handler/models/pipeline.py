@@ -5,7 +5,6 @@ Nothing in such a folder may run: weights are safetensors, and all classes are t
 
 import inspect
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ class Pipeline:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.labels = check(folder)
-        torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(settings.cpu_threads())
         # Its warnings quote prompts.
         diffusers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.disable_progress_bar()

@@ -34,6 +34,9 @@ REGISTRY = {
 
 Outputs = Mapping[str, NDArray[np.float32]]
 
+# Candidates whose scores are this close are equally good answers.
+TIE = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -122,6 +125,23 @@ class EncoderTask(Task):
         Raises RequestError if there is none.
         """
 
+    @staticmethod
+    def agrees(expected: Any, found: Any) -> bool:
+        """Whether two predictions for one input give one answer, whatever their scores: what int8 must not change.
+
+        Both as JSON values. Of candidates with a score the first is the answer; where others were within `TIE` of it,
+        they may take its place.
+        """
+        if isinstance(expected, dict):
+            return EncoderTask.agrees([expected], [found])
+        if expected and isinstance(expected[0], list):
+            return len(expected) == len(found) and all(map(EncoderTask.agrees, expected, found))
+        if not expected or not found:
+            return bool(expected) == bool(found)
+        scores = {_without_score(entry): float(entry["score"]) for entry in expected}
+        lead = float(expected[0]["score"]) - scores.get(_without_score(found[0]), min(scores.values()))
+        return lead <= TIE
+
 
 class GenerativeTask(Task):
     """A task whose answer takes many passes. It owns its model, and runs on torch."""
@@ -181,3 +201,8 @@ def largest_difference(expected: Mapping[Any, float], found: Mapping[Any, float]
         return float("inf")
     # Unlike max(), numpy's keeps a NaN wherever it stands.
     return float(np.max([abs(expected[key] - found[key]) for key in expected], initial=0.0))
+
+
+def _without_score(entry: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What a candidate says, to compare it with another."""
+    return tuple((name, value) for name, value in entry.items() if name != "score")

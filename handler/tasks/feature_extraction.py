@@ -35,6 +35,8 @@ _POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# The least cosine of two vectors for one text that stand for the same.
+_SAME_DIRECTION = 0.97
 _MODULES = ("Transformer", "Pooling", "Normalize")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
@@ -224,6 +226,14 @@ class FeatureExtraction(Embedder):
         vector = mean_vector(part)
         unit = self.sentences.normalize if normalize is None else normalize
         return (normalized(vector) if unit else vector).tolist()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def agrees(expected: Any, found: Any) -> bool:
+        """Whether all vectors point almost the same way."""
+        before, after = np.array(expected, dtype=np.float64), np.array(found, dtype=np.float64)
+        if before.shape != after.shape:
+            return False
+        return bool((np.sum(normalized(before) * normalized(after), axis=-1) >= _SAME_DIRECTION).all())
 
 
 def pool(tokens: NDArray[np.float32], poolings: Sequence[str]) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from handler.errors import InvalidInput, TooLarge
 from handler.inputs.text import read_text
 from handler.parameters import CommonParameters
-from handler.tasks import Part
+from handler.tasks import TIE, Part
 from handler.tasks.feature_extraction import Embedder, SentenceSettings, mean_vector, normalized
 
 _FIELDS = {"source_sentence", "sentences"}
@@ -46,6 +46,13 @@ class SentenceSimilarity(Embedder):
         if self.sentences.normalize:
             vectors = normalized(vectors)
         return similarity(vectors[0], vectors[1:], self.sentences.similarity).tolist()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def agrees(expected: Sequence[float], found: Sequence[float]) -> bool:
+        """Whether all similarities are as good as equal."""
+        return len(expected) == len(found) and all(
+            abs(before - after) <= TIE for before, after in zip(expected, found, strict=True)
+        )
 
 
 def similarity(source: NDArray[np.float64], others: NDArray[np.float64], measure: str) -> NDArray[np.float64]:

@@ -20,6 +20,8 @@ from handler.settings import Settings
 from handler.tasks import Answer, GenerativeTask
 
 _USUAL_NEW_TOKENS = 64
+# Each step of decoding reads all weights: rows that decode together may have more tokens than a pass of an encoder.
+_BUDGETS = 8
 _SAMPLING = ("temperature", "top_k", "top_p", "typical_p")
 _FLOATS = ("temperature", "top_p", "typical_p", "repetition_penalty", "length_penalty")
 
@@ -226,7 +228,7 @@ class SequenceToSequence(GenerativeTask):
             decoding = sources[indices[places[0]]].decoding
             beams = decoding.num_beams or self._model.generation_config.num_beams or 1
             cost = [max(len(ids[indices[place]]), decoding.max_new_tokens or 0) * beams for place in places]
-            for group in micro_batches(cost, self._settings.token_budget):
+            for group in micro_batches(cost, _BUDGETS * self._settings.token_budget):
                 yield [indices[places[number]] for number in group]
 
     @torch.inference_mode()

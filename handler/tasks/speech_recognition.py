@@ -15,7 +15,7 @@ from handler.errors import InternalError
 from handler.inputs.sounds import Sound, SoundInputs, SoundRow, SpeechFeatures
 from handler.parameters import CommonParameters
 from handler.settings import Settings
-from handler.tasks import EncoderTask, Measure, Outputs, Part
+from handler.tasks import TIE, EncoderTask, Measure, Outputs, Part
 
 # What tokenizers saved with `clean_up_tokenization_spaces` do to a text, in this order.
 _CLEAN_UP = (
@@ -82,6 +82,11 @@ class SpeechRecognition(EncoderTask):
     def drift(expected: dict[str, Any], found: dict[str, Any]) -> float:
         """Share of the characters by which two texts differ."""
         return 1 - SequenceMatcher(None, expected["text"], found["text"], autojunk=False).ratio()
+
+    @staticmethod
+    def agrees(expected: dict[str, Any], found: dict[str, Any]) -> bool:
+        """Whether the texts are as good as equal."""
+        return SpeechRecognition.drift(expected, found) <= TIE
 
 
 class Span(NamedTuple):

@@ -15,7 +15,7 @@ from handler.inputs.text import read_text
 from handler.inputs.windows import Windowed, WindowInputs
 from handler.parameters import CommonParameters, at_least
 from handler.settings import Settings
-from handler.tasks import EncoderTask, Outputs, Part
+from handler.tasks import TIE, EncoderTask, Outputs, Part
 from handler.tasks.text_classification import finite, label_names
 
 Strategy = Literal["none", "simple", "first", "average", "max"]
@@ -103,6 +103,15 @@ class TokenClassification(EncoderTask):
         if places[0] != places[1]:
             return float("inf")
         return float(np.max([_change(before, after) for before, after in zip(expected, found, strict=True)], initial=0))
+
+    @staticmethod
+    def agrees(expected: list[Entity], found: list[Entity]) -> bool:
+        """Whether the same entities, or tokens, have the same labels, but for ties."""
+        places = [[(entity["start"], entity["end"]) for entity in entities] for entities in (expected, found)]
+        return places[0] == places[1] and all(
+            _label(before) == _label(after) or _change(before, after) <= TIE
+            for before, after in zip(expected, found, strict=True)
+        )
 
     def _tokens(
         self, text: str, row: Encoding, scores: NDArray[np.float32], ignored: Sequence[str], shift: int
@@ -249,8 +258,11 @@ def _change(before: Entity, after: Entity) -> float:
 
     A label that is not the highest scores at most as much as the highest one, and at most what that one leaves.
     """
-    key = "entity" if "entity" in before else "entity_group"
     old, new = before["score"], after["score"]
-    if before[key] == after.get(key):
+    if _label(before) == _label(after):
         return float(abs(old - new))
     return float(max(old - min(new, 1 - new), new - min(old, 1 - old), 0.0))
+
+
+def _label(entity: Entity) -> Any:
+    return entity.get("entity", entity.get("entity_group"))
