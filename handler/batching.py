@@ -1,7 +1,7 @@
 """Length-sorted micro-batches under a token budget."""
 
-import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 
 # Runtimes cache compiled kernels per shape; multiples of 8 keep the number of shapes small at little padding.
 PAD_MULTIPLE = 8
@@ -9,34 +9,37 @@ PAD_MULTIPLE = 8
 
 def micro_batches(
     lengths: Sequence[int], token_budget: int, kinds: Sequence[int] | None = None, streams: int = 1
-) -> Iterator[list[int]]:
-    """Groups sequences of like length: yields lists of indices into `lengths`, each index once, the longest first.
+) -> list[list[int]]:
+    """Groups sequences of like length: lists of indices into `lengths`, each index once, the longest first.
 
     kinds: for each sequence, what all sequences of its group must have in common. streams: groups that run at the same
-    time; the groups are of like size, and their number suits it, so that none is left to run alone at the end.
-    A group of n sequences costs n × (its longest, rounded up to a multiple of 8) tokens, at most `token_budget`;
-    a single sequence longer than the budget is a group of its own.
+    time; where there are sequences enough, the number of groups is a multiple of it.
+    A group of n sequences costs n × (its longest, rounded up to a multiple of 8) tokens, at most `token_budget`, and
+    no more than groups of about equal cost need; a single sequence longer than the budget is a group of its own.
     """
     kinds = kinds or [0] * len(lengths)
-    total = sum(map(padded, lengths))
-    rounds = math.ceil(total / max(1, streams * token_budget))
-    share = total / max(1, rounds * streams)
-    group: list[int] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], kinds[index])):
-        cost = (len(group) + 1) * longest
-        # Half a sequence over its share or under it: the groups come out even, and no small one remains.
-        full = cost > token_budget or cost - longest / 2 > share
-        if group and (full or kinds[index] != kinds[group[0]]):
-            yield group
-            group = []
-        if not group:
-            longest = padded(lengths[index])
-        group.append(index)
-    if group:
-        yield group
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], kinds[index]))
+    groups = _groups(order, lengths, kinds, token_budget)
+    count = -(-len(groups) // streams) * streams
+    # The lowest limit that makes no more groups: the last one is then no small rest, which a stream would run alone.
+    limits = range(PAD_MULTIPLE, token_budget, PAD_MULTIPLE)
+    lowest = bisect_left(limits, True, key=lambda limit: len(_groups(order, lengths, kinds, limit)) <= count)
+    return groups if lowest == len(limits) else _groups(order, lengths, kinds, limits[lowest])
 
 
 def padded(length: int) -> int:
     """`length` rounded up to a multiple of 8."""
     return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def _groups(order: Sequence[int], lengths: Sequence[int], kinds: Sequence[int], limit: int) -> list[list[int]]:
+    """Groups of at most `limit` tokens, in the order given."""
+    groups: list[list[int]] = []
+    longest = 0
+    for index in order:
+        if groups and (len(groups[-1]) + 1) * longest <= limit and kinds[index] == kinds[groups[-1][0]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = padded(lengths[index])
+    return groups

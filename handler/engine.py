@@ -191,7 +191,7 @@ class Engine:
         """Each row's outputs, in the order of `rows`."""
         outputs: list[Outputs] = [{}] * len(rows)
         kinds = [task.kind(row) for row in rows]
-        groups = list(micro_batches(list(map(len, rows)), self.settings.token_budget, kinds, self.backend.streams))
+        groups = micro_batches(list(map(len, rows)), self.settings.token_budget, kinds, self.backend.streams)
         batches = (task.inputs.collate([rows[index] for index in group]) for group in groups)
         for group, found in zip(groups, self.backend.run(batches), strict=True):
             for position, index in enumerate(group):

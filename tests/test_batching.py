@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,12 +43,12 @@ def test_padded_is_the_next_multiple_of_eight(length: int, expected: int) -> Non
     [
         ([], 64, []),
         ([5], 64, [[0]]),
-        ([9, 3, 10, 2], 32, [[3, 1], [0, 2]]),
+        ([9, 3, 10, 2], 32, [[2, 0], [1, 3]]),
         ([3, 3, 3, 3, 3], 16, [[0, 1], [2, 3], [4]]),
         ([8, 8], 16, [[0, 1]]),
-        ([8, 9], 16, [[0], [1]]),
-        ([500, 2, 600], 64, [[1], [0], [2]]),
-        ([2, 2, 500], 8, [[0], [1], [2]]),
+        ([8, 9], 16, [[1], [0]]),
+        ([500, 2, 600], 64, [[2], [0], [1]]),
+        ([2, 2, 500], 8, [[2], [0], [1]]),
         ([1, 1], 0, [[0], [1]]),
     ],
 )
@@ -69,11 +68,28 @@ def test_any_lengths_and_budget() -> None:
         for group in groups:
             cost = len(group) * padded(max(lengths[index] for index in group))
             assert cost <= budget or len(group) == 1
-        # Sorted by length across groups, and each group full: its next text would not have fitted.
         in_order = [lengths[index] for group in groups for index in group]
-        assert in_order == sorted(lengths)
-        for group, following in pairwise(groups):
-            assert (len(group) + 1) * padded(lengths[following[0]]) > budget
+        assert in_order == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("texts", "streams", "expected"),
+    [(10, 1, [5, 5]), (10, 2, [5, 5]), (10, 4, [3, 3, 3, 1]), (20, 2, [5, 5, 5, 5]), (3, 4, [1, 1, 1]), (1, 2, [1])],
+)
+def test_groups_are_even_and_suit_the_streams(texts: int, streams: int, expected: list[int]) -> None:
+    """A budget of 64 has room for eight of these texts."""
+    assert [len(group) for group in micro_batches([8] * texts, 64, streams=streams)] == expected
+
+
+def test_the_streams_finish_together() -> None:
+    chance = random.Random(0)
+    for _ in range(200):
+        streams = chance.choice([1, 2, 4])
+        lengths = [chance.randint(1, 60) for _ in range(64)]
+        groups = micro_batches(lengths, 512, streams=streams)
+        costs = [len(group) * padded(max(lengths[index] for index in group)) for group in groups]
+        busy = [sum(costs[stream::streams]) for stream in range(streams)]
+        assert max(busy) <= 1.3 * sum(costs) / streams
 
 
 def test_collate_pads_on_the_right(bundle: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from backends import Replayed
 from conftest import OFFLINE, REVIEWS
 from numpy.typing import NDArray
 
@@ -555,7 +556,7 @@ Backend = Callable[[Mapping[str, NDArray[np.int64]]], dict[str, NDArray[np.float
 def with_backend(engine: Engine, backend: Backend) -> Engine:
     """The engine with another backend."""
     other = copy.copy(engine)
-    other._backend = backend
+    other.backend = Replayed(backend)
     return other
 
 

@@ -12,13 +12,15 @@ import pytest
 import requests
 import torch
 import transformers
+from backends import Replayed
 from conftest import Served, build, succeeded
 from huggingface_hub import InferenceClient
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 import marble_client
 import train
-from archiver import convert, source
+from archiver import source
+from archiver.convert import Converter
 from handler.engine import Engine
 from handler.errors import InternalError, InvalidInput, InvalidParameter, RequestError, TooLarge, UnreadableRequest
 from handler.messages import Request, Result
@@ -289,7 +291,7 @@ def crafted(engine: Engine, monkeypatch: pytest.MonkeyPatch, scores: Callable[[i
         )  # fmt: skip
         return {"start_logits": logits, "end_logits": logits}
 
-    monkeypatch.setattr(engine, "_backend", backend)
+    monkeypatch.setattr(engine, "backend", Replayed(backend))
 
 
 def test_one_answer_in_two_windows_counts_once(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +341,7 @@ def test_the_part_of_an_answer_that_a_window_sees_is_no_answer(
                 starts[number, seen[0]], ends[number, seen[-1]] = 9, 9
         return {"start_logits": starts, "end_logits": ends}
 
-    monkeypatch.setattr(engine, "_backend", backend)
+    monkeypatch.setattr(engine, "backend", Replayed(backend))
     for offset in range(250):
         words = ["and"] * 250
         words[offset : offset + 1] = ["golden", "crown"]
@@ -358,7 +360,7 @@ def test_answers_cross_no_window_and_none_is_lost_at_a_border(
         outputs = {"start_logits": 9.0 * (ids == first), "end_logits": 9.0 * (ids == last)}
         return {name: values.astype(np.float32) for name, values in outputs.items()}
 
-    monkeypatch.setattr(engine, "_backend", backend)
+    monkeypatch.setattr(engine, "backend", Replayed(backend))
     for offset in range(0, 250, 3):
         words = ["and"] * 250
         words[offset : offset + 1] = ["New", "York", "Big", "City"]
@@ -687,7 +689,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def toy_openvino(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("openvino")
-    convert.write(source.check(toy), "openvino", "fp32", folder)
+    Converter(source.check(toy)).write("openvino", "fp32", folder)
     (folder / "model-config.yaml").write_bytes((toy / "model-config.yaml").read_bytes())
     return folder
 

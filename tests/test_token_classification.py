@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import requests
 import transformers
+from backends import Replayed
 from conftest import Served, build, succeeded
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from huggingface_hub import InferenceClient
@@ -18,7 +19,8 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrai
 
 import marble_client
 import train
-from archiver import convert, source
+from archiver import source
+from archiver.convert import Converter
 from handler.engine import Engine
 from handler.errors import InternalError, InvalidInput, InvalidParameter, RequestError, TooLarge, UnreadableRequest
 from handler.messages import Request, Result
@@ -247,7 +249,7 @@ def test_scores_that_are_no_numbers_never_leave(engines: dict[str, Engine], monk
     def broken(arrays: Any) -> dict[str, Any]:
         return {"logits": np.full((*arrays["input_ids"].shape, len(LABELS)), np.nan, dtype=np.float32)}
 
-    monkeypatch.setattr(engines["bert"], "_backend", broken)
+    monkeypatch.setattr(engines["bert"], "backend", Replayed(broken))
     assert isinstance(refusal(engines["bert"], "a text"), InternalError)
 
 
@@ -477,7 +479,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def toy_openvino(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("openvino")
-    convert.write(source.check(toy), "openvino", "fp32", folder)
+    Converter(source.check(toy)).write("openvino", "fp32", folder)
     (folder / "model-config.yaml").write_bytes((toy / "model-config.yaml").read_bytes())
     return folder
 

@@ -10,7 +10,8 @@ import transformers
 import yaml
 from conftest import build, succeeded
 
-from archiver import convert, source
+from archiver import source
+from archiver.convert import Converter
 from handler.engine import Engine
 from handler.errors import RequestError
 from handler.messages import Request
@@ -91,7 +92,7 @@ def converted(folder: Path) -> Path:
     """The same model for OpenVINO in fp32, in a folder beside it."""
     stage = folder.with_name(f"{folder.name}-openvino")
     stage.mkdir()
-    convert.write(source.check(folder), "openvino", "fp32", stage)
+    Converter(source.check(folder)).write("openvino", "fp32", stage)
     config = yaml.safe_load((folder / "model-config.yaml").read_text(encoding="utf-8"))
     config["handler"]["backend"] = "openvino"
     (stage / "model-config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
