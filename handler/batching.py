@@ -1,30 +1,39 @@
 """Length-sorted micro-batches under a token budget."""
 
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 # Runtimes cache compiled kernels per shape; multiples of 8 keep the number of shapes small at little padding.
 PAD_MULTIPLE = 8
+# Tokens of padding that are worth one run of the model less. On CPUs a run of its own costs about as much.
+_RUN_COST = 64
 
 
 def micro_batches(
     lengths: Sequence[int], token_budget: int, kinds: Sequence[int] | None = None, streams: int = 1
 ) -> list[list[int]]:
-    """Groups sequences of like length: lists of indices into `lengths`, each index once, the longest first.
+    """Groups sequences of like length: lists of indices into `lengths`, each index once, the costliest group first.
 
     kinds: for each sequence, what all sequences of its group must have in common. streams: groups that run at the same
-    time; where there are sequences enough, the number of groups is a multiple of it.
-    A group of n sequences costs n × (its longest, rounded up to a multiple of 8) tokens, at most `token_budget`, and
-    no more than groups of about equal cost need; a single sequence longer than the budget is a group of its own.
+    time: none is larger than a stream's share of all.
+    A group of n sequences costs n × (its longest, rounded up to a multiple of 8) tokens, at most `token_budget`; one
+    sequence longer than that is a group of its own. Shorter sequences join where the padding costs less than a run.
     """
     kinds = kinds or [0] * len(lengths)
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], kinds[index]))
-    groups = _groups(order, lengths, kinds, token_budget)
-    count = -(-len(groups) // streams) * streams
-    # The lowest limit that makes no more groups: the last one is then no small rest, which a stream would run alone.
-    limits = range(PAD_MULTIPLE, token_budget, PAD_MULTIPLE)
-    lowest = bisect_left(limits, True, key=lambda limit: len(_groups(order, lengths, kinds, limit)) <= count)
-    return groups if lowest == len(limits) else _groups(order, lengths, kinds, limits[lowest])
+    sizes = [padded(length) for length in lengths]
+    groups: list[list[int]] = []
+    for (size, kind), alike in groupby(
+        sorted(range(len(lengths)), key=lambda index: (-sizes[index], kinds[index])),
+        key=lambda index: (sizes[index], kinds[index]),
+    ):
+        bucket = list(alike)
+        if groups and kind == kinds[groups[-1][0]] and (sizes[groups[-1][0]] - size) * len(bucket) <= _RUN_COST:
+            groups[-1] += bucket
+        else:
+            groups.append(bucket)
+    limit = min(token_budget, -(-sum(sizes[group[0]] * len(group) for group in groups) // streams))
+    parts = [part for group in groups for part in _split(group, max(1, limit // sizes[group[0]]))]
+    return sorted(parts, key=lambda part: sizes[part[0]] * len(part), reverse=True)
 
 
 def padded(length: int) -> int:
@@ -32,14 +41,8 @@ def padded(length: int) -> int:
     return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def _groups(order: Sequence[int], lengths: Sequence[int], kinds: Sequence[int], limit: int) -> list[list[int]]:
-    """Groups of at most `limit` tokens, in the order given."""
-    groups: list[list[int]] = []
-    longest = 0
-    for index in order:
-        if groups and (len(groups[-1]) + 1) * longest <= limit and kinds[index] == kinds[groups[-1][0]]:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-            longest = padded(lengths[index])
-    return groups
+def _split(group: Sequence[int], most: int) -> Iterator[list[int]]:
+    """A group in parts of about equal size, none with more than `most` members."""
+    count = -(-len(group) // most)
+    for part in range(count):
+        yield list(group[part * len(group) // count : (part + 1) * len(group) // count])

@@ -6,8 +6,10 @@ Also what happens before the first request: digests, the golden set, and saying 
 import ast
 import json
 import logging
+import socket
 import struct
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 from test_formats import JSON, Sent, form, grpc, grpc_tensors, received, rest, tensor
 from ts.context import Context
+from ts.protocol import otf_message_handler
 from ts.protocol.otf_message_handler import create_predict_response
 
 from handler import digests, entry, formats
@@ -416,7 +419,7 @@ def test_no_request_text_is_written_anywhere(
     assert not [record for record in caplog.records if SECRET in record.getMessage()]
 
 
-def test_the_workers_line_for_each_batch_is_dropped() -> None:
+def test_what_a_worker_logs_for_each_batch_is_dropped() -> None:
     lines = []
     listener = logging.Handler()
     listener.emit = lambda record: lines.append(record.getMessage())
@@ -425,7 +428,7 @@ def test_the_workers_line_for_each_batch_is_dropped() -> None:
     root.addHandler(listener)
     try:
         root.setLevel(logging.DEBUG)
-        service_module._quiet_worker_log()
+        service_module._trim_worker()
         logging.info("Backend received inference at: %d", 1)
         logging.info("[METRICS]PredictionTime")
         logging.warning("a warning")
@@ -433,7 +436,40 @@ def test_the_workers_line_for_each_batch_is_dropped() -> None:
     finally:
         root.setLevel(level)
         root.removeHandler(listener)
-    assert lines == ["[METRICS]PredictionTime", "a warning", "an error"]
+    assert lines == ["a warning", "an error"]
+
+
+def test_a_batch_is_received_in_whatever_pieces_it_comes() -> None:
+    """By TorchServe's own reader, over a real socket."""
+    service_module._trim_worker()
+    header, body = (b"Content-Type", b"text/plain"), (b"body", b"text/plain", b"x" * 300_000)
+
+    def field(value: bytes) -> bytes:
+        return struct.pack("!i", len(value)) + value
+
+    end = struct.pack("!i", -1)
+    request = field(b"request-0") + b"".join(map(field, header)) + end + b"".join(map(field, body)) + end
+    message = b"I" + request * 2 + end
+    here, there = socket.socketpair()
+    with here, there:
+
+        def send() -> None:
+            for start in (0, 1, 7, 40, 70_000, 2 * len(request)):
+                stop = {0: 1, 1: 7, 7: 40, 40: 70_000, 70_000: 2 * len(request)}.get(start, len(message))
+                there.sendall(message[start:stop])
+            there.sendall(message)  # the next batch, for which nothing of this one may be left over
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        for _ in range(2):
+            command, requests = otf_message_handler.retrieve_msg(here)
+            assert command == b"I"
+            assert [bytes(entry["requestId"]) for entry in requests] == [b"request-0"] * 2
+            assert [len(entry["parameters"][0]["value"]) for entry in requests] == [len(body[2])] * 2
+        sender.join()
+        there.shutdown(socket.SHUT_WR)
+        with pytest.raises(SystemExit):
+            otf_message_handler.retrieve_msg(here)
 
 
 # --- digests
