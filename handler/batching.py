@@ -1,12 +1,16 @@
 """Length-sorted micro-batches under a token budget."""
 
-from collections.abc import Iterator, Sequence
+import heapq
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 # Runtimes cache compiled kernels per shape; multiples of 8 keep the number of shapes small at little padding.
 PAD_MULTIPLE = 8
 # Tokens of padding that are worth one run of the model less. On CPUs a run of its own costs about as much.
-_RUN_COST = 64
+_RUN_COST = 48
+# A stream's share of a batch is looked at in up to so many groups.
+_MOST_ROUNDS = 3
 
 
 def micro_batches(
@@ -15,7 +19,7 @@ def micro_batches(
     """Groups sequences of like length: lists of indices into `lengths`, each index once, the costliest group first.
 
     kinds: for each sequence, what all sequences of its group must have in common. streams: groups that run at the same
-    time: none is larger than a stream's share of all.
+    time; the groups are such that all streams are done at about the same time.
     A group of n sequences costs n × (its longest, rounded up to a multiple of 8) tokens, at most `token_budget`; one
     sequence longer than that is a group of its own. Shorter sequences join where the padding costs less than a run.
     """
@@ -31,9 +35,18 @@ def micro_batches(
             groups[-1] += bucket
         else:
             groups.append(bucket)
-    limit = min(token_budget, -(-sum(sizes[group[0]] * len(group) for group in groups) // streams))
-    parts = [part for group in groups for part in _split(group, max(1, limit // sizes[group[0]]))]
-    return sorted(parts, key=lambda part: sizes[part[0]] * len(part), reverse=True)
+
+    def cost(group: Sequence[int]) -> int:
+        return sizes[group[0]] * len(group)
+
+    def split(limit: int) -> list[list[int]]:
+        parts = [part for group in groups for part in _parts(group, max(1, limit // sizes[group[0]]))]
+        return sorted(parts, key=cost, reverse=True)
+
+    # Smaller groups cost more runs, but let the streams end closer together.
+    share = sum(map(cost, groups)) / streams
+    limits = {min(token_budget, math.ceil(share / rounds)) for rounds in range(1, _MOST_ROUNDS + 1)}
+    return min(map(split, sorted(limits, reverse=True)), key=lambda parts: _duration(map(cost, parts), streams))
 
 
 def padded(length: int) -> int:
@@ -41,8 +54,16 @@ def padded(length: int) -> int:
     return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def _split(group: Sequence[int], most: int) -> Iterator[list[int]]:
+def _parts(group: Sequence[int], most: int) -> Iterator[list[int]]:
     """A group in parts of about equal size, none with more than `most` members."""
     count = -(-len(group) // most)
     for part in range(count):
         yield list(group[part * len(group) // count : (part + 1) * len(group) // count])
+
+
+def _duration(costs: Iterable[int], streams: int) -> int:
+    """Tokens after which the last stream is done, where each takes the next group when it is free."""
+    busy = [0] * streams
+    for cost in costs:
+        heapq.heapreplace(busy, busy[0] + cost + _RUN_COST)
+    return max(busy)

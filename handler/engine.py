@@ -31,6 +31,8 @@ class _Item:
     parameters: Any
     samples: Sequence[Any] = ()
     encoded: list[Encoded] = field(default_factory=list)
+    outputs: list[Outputs] = field(default_factory=list)
+    missing: int = 0
     truncated: bool = False
     tokens: int = 0
     outcome: Any = None
@@ -175,29 +177,42 @@ class Engine:
         return encoded
 
     def _run(self, task: EncoderTask, items: Sequence[_Item]) -> None:
-        """Puts the rows of all items through the model and writes each item's outcome."""
-        outputs = iter(self._forward(task, [row for item in items for e in item.encoded for row in e.rows]))
-        for item in items:
-            parts = [
-                Part(sample, encoded.rows, [next(outputs) for _ in encoded.rows])
-                for sample, encoded in zip(item.samples, item.encoded, strict=True)
-            ]
-            try:
-                item.outcome = task.postprocess(parts, item.parameters)
-            except RequestError as error:
-                item.outcome = error
+        """Puts the rows of all items through the model and writes each item's outcome.
 
-    def _forward(self, task: EncoderTask, rows: Sequence[Any]) -> list[Outputs]:
-        """Each row's outputs, in the order of `rows`."""
-        outputs: list[Outputs] = [{}] * len(rows)
+        An item is finished as soon as its last row is through: the model is busy with others meanwhile.
+        """
+        owners = [(item, place) for item in items for place in range(item.rows)]
+        for item in items:
+            item.missing, item.outputs = item.rows, [{}] * item.rows
+        for index, outputs in self._forward(task, [row for item in items for e in item.encoded for row in e.rows]):
+            item, place = owners[index]
+            item.outputs[place] = outputs
+            item.missing -= 1
+            if not item.missing:
+                _finish(task, item)
+
+    def _forward(self, task: EncoderTask, rows: Sequence[Any]) -> Iterator[tuple[int, Outputs]]:
+        """The outputs of each row, with its place in `rows`, as they come."""
         kinds = [task.kind(row) for row in rows]
         groups = micro_batches(list(map(len, rows)), self.settings.token_budget, kinds, self.backend.streams)
         batches = (task.inputs.collate([rows[index] for index in group]) for group in groups)
         for group, found in zip(groups, self.backend.run(batches), strict=True):
             for position, index in enumerate(group):
-                row_outputs = {name: array[position] for name, array in found.items()}
-                outputs[index] = task.keep(rows[index], row_outputs)
-        return outputs
+                yield index, task.keep(rows[index], {name: array[position] for name, array in found.items()})
+
+
+def _finish(task: EncoderTask, item: _Item) -> None:
+    """Turns the outputs of an item's rows into its outcome."""
+    outputs = iter(item.outputs)
+    parts = [
+        Part(sample, encoded.rows, [next(outputs) for _ in encoded.rows])
+        for sample, encoded in zip(item.samples, item.encoded, strict=True)
+    ]
+    item.outputs = []
+    try:
+        item.outcome = task.postprocess(parts, item.parameters)
+    except RequestError as error:
+        item.outcome = error
 
 
 def _extent(encoded: Encoded, max_length: int) -> str:
