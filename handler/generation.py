@@ -225,15 +225,15 @@ class Generator:
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache | None, keep: int) -> torch.Tensor:
         """Logits float32 [rows, positions, vocabulary] of the last `keep` positions of `ids`; 0: of all."""
         positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
+        inputs = {"input_ids": ids, "attention_mask": mask, **(positions if self._takes_positions else {})}
         output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
+            **{name: value.to(self._model.device) for name, value in inputs.items()},
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=keep,
-            **(positions if self._takes_positions else {}),
         )
-        logits: torch.Tensor = output.logits.float()
+        # Tokens are chosen on the CPU: the random numbers of a seed are the same wherever the model runs.
+        logits: torch.Tensor = output.logits.float().cpu()
         return logits
 
     def _choose(self, rows: Sequence["_Row"], logits: torch.Tensor) -> list[Outcome]:
@@ -271,7 +271,7 @@ class Generator:
         decoding, start = row.decoding, len(row.ids)
         sampling = {"temperature", "top_k", "top_p", "typical_p"} if decoding.do_sample else set()
         names = {"do_sample", "num_beams", "length_penalty", "early_stopping", "repetition_penalty", "max_new_tokens"}
-        ids = torch.tensor([row.ids])
+        ids = torch.tensor([row.ids], device=self._model.device)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(row.seed or 0)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from handler.settings import Settings
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device(wanted: str) -> torch.device:
@@ -44,7 +44,7 @@ def load_model(model_dir: Path, settings: Settings, auto_model: str) -> Any:
     transformers.logging.disable_progress_bar()
     model = getattr(transformers, auto_model).from_pretrained(
         model_dir,
-        dtype=_DTYPES[settings.precision],
+        dtype=DTYPES[settings.precision],
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,

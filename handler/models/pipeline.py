@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
+from handler.backends.torch import DTYPES, device
 from handler.settings import Settings
 
 INDEX = "model_index.json"
@@ -21,7 +22,6 @@ _STEPS = "num_inference_steps"
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 # Components that belong to one pipeline alone, such as a safety checker, are named by its folder.
 _PIPELINES = Path(str(diffusers.__file__)).parent / "pipelines"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Pipeline:
@@ -39,11 +39,12 @@ class Pipeline:
         diffusers.utils.logging.disable_progress_bar()
         self._pipeline: Any = DiffusionPipeline.from_pretrained(
             folder,
-            dtype=_DTYPES[settings.precision],
+            dtype=DTYPES[settings.precision],
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
         )
+        self._pipeline.to(device(settings.device))
         self._pipeline.set_progress_bar_config(disable=True)
         taken = inspect.signature(self._pipeline.__call__).parameters
         self.parameters = frozenset(taken)

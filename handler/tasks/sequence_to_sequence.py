@@ -241,13 +241,15 @@ class SequenceToSequence(GenerativeTask):
         pad = self.tokenizer.pad_token_id
         given = {name: value for name, value in asdict(source.decoding).items() if value is not None}
         seed = given.pop("seed", None)
-        checking = _Soundness(len(rows))
+        device, checking = self._model.device, _Soundness(len(rows))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(secrets.randbits(32) if seed is None else seed)
             try:
                 found = self._model.generate(
-                    input_ids=torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows]),
-                    attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+                    input_ids=torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device),
+                    attention_mask=torch.tensor(
+                        [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
+                    ),
                     logits_processor=LogitsProcessorList([checking]),
                     max_time=deadline - time.monotonic(),
                     max_length=None,
@@ -274,7 +276,7 @@ class _Soundness(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """scores: float32 [rows × beams, vocabulary]."""
         # Not of the sum of them all: scores of -inf are tokens that are ruled out.
-        self.sound &= scores.logsumexp(dim=-1).isfinite().view(len(self.sound), -1).all(dim=-1)
+        self.sound &= scores.logsumexp(dim=-1).isfinite().view(len(self.sound), -1).all(dim=-1).cpu()
         return scores
 
 

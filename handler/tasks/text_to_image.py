@@ -165,8 +165,9 @@ class _LabelPainter:
     def paint(self, prompt: str, seed: int) -> NDArray[np.float32]:
         """Pixels float32 [height, width, channels], 0 to 1."""
         noise = torch.randn(1, self._model.config.latent_size, generator=torch.Generator().manual_seed(seed))
-        [pixels] = self._model.paint(noise.to(self._model.dtype), torch.tensor([self.labels[prompt]]))
-        return np.asarray(pixels.permute(1, 2, 0).float().numpy())
+        label = torch.tensor([self.labels[prompt]], device=self._model.device)
+        [pixels] = self._model.paint(noise.to(self._model.device, self._model.dtype), label)
+        return np.asarray(pixels.permute(1, 2, 0).float().cpu().numpy())
 
 
 def to_png(pixels: NDArray[np.float32], seed: int) -> bytes:

@@ -82,11 +82,13 @@ class TextToSpeech(GenerativeTask):
             torch.manual_seed(USUAL_SEED if parameters.seed is None else parameters.seed)
             try:
                 spoken = self._model(
-                    input_ids=torch.tensor([ids]), speaking_rate=self._rate, speaker_id=parameters.speaker_id
+                    input_ids=torch.tensor([ids], device=self._model.device),
+                    speaking_rate=self._rate,
+                    speaker_id=parameters.speaker_id,
                 )
             except ValueError:  # from where durations are drawn
                 raise _unsound() from None
-        samples = spoken.waveform[0, : int(spoken.sequence_lengths[0])].float().numpy()
+        samples = spoken.waveform[0, : int(spoken.sequence_lengths[0])].float().cpu().numpy()
         if not np.isfinite(samples).all():
             raise _unsound()
         return Answer(Media(to_wav(samples, self._sampling_rate), "audio/wav"), tokens=len(ids))
