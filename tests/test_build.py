@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import OFFLINE, ROOT, build, run, succeeded
+from conftest import NO_CHECKPOINTS, OFFLINE, ROOT, build, run, succeeded, train_here
 from test_train import save_tiny_base, write_csv
 
 from archiver.__main__ import locked
@@ -53,8 +53,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_csv(folder / "data.csv", ("negative", "positive"))
     files = ("--train-file", data, "--output-dir", folder / "small", "--base-model", save_tiny_base(folder / "base"))
     sizes = ("--max-length", 32, "--max-steps", 60, "--learning-rate", 0.005, "--validation-share", 0.3)
-    saving = ("--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false")
-    succeeded(run(sys.executable, ROOT / "train.py", *files, *sizes, *saving))
+    train_here(*files, *sizes, *NO_CHECKPOINTS)
     assert json.loads((folder / "small" / "metrics.json").read_text())["splits"]["validation"]["accuracy"] == 1
     return folder / "small"
 
