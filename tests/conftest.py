@@ -29,6 +29,14 @@ from server.archive import verify
 ROOT = Path(__file__).resolve().parent.parent
 REVIEWS = ROOT / "examples" / "reviews"
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+CPUS = os.cpu_count() or 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Models as small as those of most tests are faster on one thread, and many times so on a busy machine."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def run(
@@ -56,20 +64,16 @@ def succeeded(done: subprocess.CompletedProcess[str]) -> str:
 # `train_here` and `build_here` import what they run themselves: a test of the client need not wait for torch.
 
 
-def train_here(*arguments: object, threads: int | None = 1) -> None:
-    """Runs train.py in this process. threads: None for torch's own choice; small models have no use for several."""
+def train_here(*arguments: object, threads: int = 1) -> None:
+    """Runs train.py in this process."""
     import torch
 
     import train
 
-    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        try:
-            torch.set_num_threads(threads or before)
-            train.main()
-        finally:
-            torch.set_num_threads(before)
+        train.main()
 
 
 HubClient = Callable[[str], huggingface_hub.InferenceClient]
@@ -105,7 +109,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_here(
         *("--task", "text-classification", "--output-dir", place, "--max-steps", 40, *NO_CHECKPOINTS),
         *("--train-file", REVIEWS / "train.csv", "--validation-file", REVIEWS / "validation.csv"),
-        threads=None,
+        threads=CPUS,
     )
     return place
 

@@ -11,7 +11,7 @@ import pytest
 import sentence_transformers
 import torch
 import transformers
-from conftest import HubClient, Served, train_here
+from conftest import CPUS, HubClient, Served, train_here
 from numpy.typing import NDArray
 from text_models import (
     MAX_LENGTH,
@@ -41,7 +41,7 @@ def bundled_minilm() -> Path:
 
 
 def run_train(place: Path, task: str, *arguments: Any) -> Path:
-    train_here("--task", task, "--output-dir", place, *arguments, threads=None)
+    train_here("--task", task, "--output-dir", place, *arguments, threads=CPUS)
     return place
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from backends import Replayed
-from conftest import NO_CHECKPOINTS, HubClient, Served, build_here, train_here
+from conftest import CPUS, NO_CHECKPOINTS, HubClient, Served, build_here, train_here
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 import train
@@ -659,7 +659,7 @@ def toy_row(generator: random.Random) -> dict[str, Any]:
     return row(context, treasure, len(" ".join(before)) + bool(before), question="What was found?")
 
 
-def trained(place: Path, *arguments: object, threads: int | None = 1) -> Path:
+def trained(place: Path, *arguments: object, threads: int = 1) -> Path:
     train_here(
         "--task",
         "question-answering",
@@ -748,7 +748,7 @@ def few(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "bundle",
         *("--train-file", path, "--validation-file", validation, "--max-steps", 3, "--learning-rate", 5e-4),
         *("--per-device-train-batch-size", 8, "--max-length", 192),
-        threads=None,
+        threads=CPUS,
     )
 
 

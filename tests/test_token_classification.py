@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import transformers
 from backends import Replayed
-from conftest import NO_CHECKPOINTS, HubClient, Served, build_here, train_here
+from conftest import CPUS, NO_CHECKPOINTS, HubClient, Served, build_here, train_here
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
@@ -449,7 +449,7 @@ def toy_row(source_: random.Random) -> dict[str, Any]:
     return {"tokens": tokens, "ner_tags": tags}
 
 
-def trained(place: Path, *arguments: object, threads: int | None = 1) -> Path:
+def trained(place: Path, *arguments: object, threads: int = 1) -> Path:
     train_here(
         "--task",
         "token-classification",
@@ -571,7 +571,7 @@ def wnut(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "bundle",
         *("--train-file", path, "--validation-file", validation, "--max-steps", 4, "--learning-rate", 5e-4),
         *("--per-device-train-batch-size", 8, "--warmup-steps", 1),
-        threads=None,
+        threads=CPUS,
     )
 
 
