@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,13 +24,14 @@ import pytest
 import requests
 
 import marble_client
+from handler import cpus
 from marble_client.stubs import inference_pb2, inference_pb2_grpc
 from server.archive import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 REVIEWS = ROOT / "examples" / "reviews"
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-CPUS = os.cpu_count() or 1
+CPUS = cpus.available()
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +125,9 @@ def build(bundle: Path, store: Path, *options: object, **environment: str) -> su
 def store(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store with one bundle in three forms: reviews (auto), reviews-fp32 (openvino) and reviews-torch."""
     folder = tmp_path_factory.mktemp("model_store")
-    build_here(bundle, folder, "reviews", precision="auto")
+    # A copy, because what `auto` measures is written into the bundle.
+    measured = shutil.copytree(bundle, tmp_path_factory.mktemp("measured") / "reviews", copy_function=os.link)
+    build_here(measured, folder, "reviews", precision="auto")
     build_here(bundle, folder, "reviews-fp32", "openvino")
     build_here(bundle, folder, "reviews-torch", "torch")
     return folder

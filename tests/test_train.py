@@ -36,7 +36,8 @@ TRAIN = (sys.executable, ROOT / "train.py")
 # A few steps on short texts.
 TINY = ("--max-length", 16, "--per-device-train-batch-size", 4, "--max-steps", 4)
 BUNDLE = {
-    *("README.md", "config.json", "golden.jsonl", "metrics.json", "model-config.yaml", "model.safetensors"),
+    *("README.md", "calibration.jsonl", "config.json", "golden.jsonl", "metrics.json"),
+    *("model-config.yaml", "model.safetensors"),
     *("provenance.json", "report.html", "tokenizer.json", "tokenizer_config.json", "validation.jsonl"),
 }
 
