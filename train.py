@@ -28,8 +28,8 @@ from transformers import HfArgumentParser
 from handler.engine import Engine
 from training import base_model, bundle, evaluation, report, tasks
 from training.errors import UserError
+from training.interrupts import end_if_interrupted, remembered
 from training.options import Options, TrainerOptions
-from training.progress import interrupted_between_steps
 from training.tasks import Splits
 
 # Training examples that an int8 model is calibrated on.
@@ -61,7 +61,8 @@ def main() -> None:
     else:
         trainer = task.trainer(model, processor, splits, options, arguments, settings)
         extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
-        with interrupted_between_steps():
+        # Between steps: raised in a destructor, it would be dropped, and the training would go on.
+        with remembered(at_once=False):
             speak(
                 f"{'training' if base.spec else 'fine-tuning'} {base.name} for {extent}: "
                 f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
@@ -70,6 +71,7 @@ def main() -> None:
             )
             started = time.monotonic()
             trained = trainer.train(resume_from_checkpoint=resumed)
+        end_if_interrupted()
         model = trainer.model
         settings |= task.learned(trainer, splits, options, settings)
         history = {

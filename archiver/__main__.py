@@ -10,7 +10,6 @@ import argparse
 import fcntl
 import os
 import re
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from archiver.optimise import Optimiser
 from handler.backends import PRECISIONS
 from handler.digests import sha256
 from training.errors import UserError
+from training.interrupts import end_if_interrupted, remembered
 
 
 def main(argv: list[str]) -> None:
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="marble-build-") as folder:
         work = Path(folder)
         (work / "candidates").mkdir()
-        optimiser = Optimiser(bundle, arguments.max_drop, work / "candidates", _end_if_interrupted)
+        optimiser = Optimiser(bundle, arguments.max_drop, work / "candidates", end_if_interrupted)
         choice = optimiser.choose(arguments.backend, arguments.precision, force=arguments.force)
         built = work / target.name
         (work / "pack").mkdir()
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
             work=work / "pack",
             target=built,
         )
-        _end_if_interrupted()
+        end_if_interrupted()
         with locked(arguments.store):
             publish(built, target, arguments.version, force=arguments.force)
     size = target.stat().st_size / 1e6
@@ -137,25 +137,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-_interrupted = False
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Ctrl-C. Remembered, too: what is raised may be lost in a destructor, or come out of OpenVINO as another error."""
-    global _interrupted
-    _interrupted = True
-    raise KeyboardInterrupt
-
-
-def _end_if_interrupted() -> None:
-    if _interrupted:
-        raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, _interrupt)
     try:
-        main(sys.argv[1:])
+        with remembered(at_once=True):
+            main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"build_mar.sh: {error}")
     except KeyboardInterrupt:

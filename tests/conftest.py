@@ -1,22 +1,44 @@
-"""What the tests share: one trained bundle, archives built from it, and one running TorchServe.
+"""What the tests share: training and building, the bundle of a text classifier, and two running TorchServes.
 
-All of it is made through the front door: train.py, build_mar.sh and the program behind scripts/serve.
+train.py, build_mar.sh and scripts/serve are run as processes where a test is about them; whatever else needs a
+bundle or an archive calls the same programs in this process, which spares each of them the seconds of its imports.
 """
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import grpc
+import huggingface_hub
+import psutil
 import pytest
+import requests
+
+import marble_client
+from handler import cpus
+from marble_client.stubs import inference_pb2, inference_pb2_grpc
+from server.archive import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 REVIEWS = ROOT / "examples" / "reviews"
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+CPUS = cpus.available()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Models as small as those of most tests are faster on one thread, and many times so on a busy machine."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def run(
@@ -41,6 +63,36 @@ def succeeded(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout
 
 
+# `train_here` and `build_here` import what they run themselves: a test of the client need not wait for torch.
+
+
+def train_here(*arguments: object, threads: int = 1) -> None:
+    """Runs train.py in this process."""
+    import torch
+
+    import train
+
+    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        train.main()
+
+
+HubClient = Callable[[str], huggingface_hub.InferenceClient]
+# What makes a training of a few steps shorter still: nothing is measured or saved on the way.
+NO_CHECKPOINTS = ("--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false")
+
+
+def build_here(bundle: Path, store: Path, name: str, backend: str = "auto", precision: str = "fp32") -> str:
+    """Runs the program behind build_mar.sh in this process; returns what it printed."""
+    from archiver.__main__ import main
+
+    given = ("--bundle", bundle, "--store", store, "--name", name, "--backend", backend, "--precision", precision)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main([str(part) for part in given])
+    return printed.getvalue()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data sets beside the checkout. Required in CI."""
@@ -56,12 +108,10 @@ def shared() -> Path:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text classifier fine-tuned for a few steps on the shipped reviews."""
     place = tmp_path_factory.mktemp("bundles") / "reviews"
-    succeeded(
-        run(
-            *(sys.executable, ROOT / "train.py", "--task", "text-classification", "--output-dir", place),
-            *("--train-file", REVIEWS / "train.csv", "--validation-file", REVIEWS / "validation.csv"),
-            *("--max-steps", 40, "--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false"),
-        )
+    train_here(
+        *("--task", "text-classification", "--output-dir", place, "--max-steps", 40, *NO_CHECKPOINTS),
+        *("--train-file", REVIEWS / "train.csv", "--validation-file", REVIEWS / "validation.csv"),
+        threads=CPUS,
     )
     return place
 
@@ -75,15 +125,17 @@ def build(bundle: Path, store: Path, *options: object, **environment: str) -> su
 def store(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store with one bundle in three forms: reviews (auto), reviews-fp32 (openvino) and reviews-torch."""
     folder = tmp_path_factory.mktemp("model_store")
-    succeeded(build(bundle, folder, "--name", "reviews"))
-    succeeded(build(bundle, folder, "--name", "reviews-fp32", "--backend", "openvino", "--precision", "fp32"))
-    succeeded(build(bundle, folder, "--name", "reviews-torch", "--backend", "torch", "--precision", "fp32"))
+    # A copy, because what `auto` measures is written into the bundle.
+    measured = shutil.copytree(bundle, tmp_path_factory.mktemp("measured") / "reviews", copy_function=os.link)
+    build_here(measured, folder, "reviews", precision="auto")
+    build_here(bundle, folder, "reviews-fp32", "openvino")
+    build_here(bundle, folder, "reviews-torch", "torch")
     return folder
 
 
 @dataclass(frozen=True)
 class Served:
-    """A running server. folder: its working directory, with logs/ and key_file.json."""
+    """A running server. folder: its working directory, with logs/ and key_file.json. models: those the tests ask."""
 
     folder: Path
     url: str
@@ -93,17 +145,50 @@ class Served:
     grpc_management: str
     token: str
     management_token: str
+    models: tuple[str, ...]
 
     def workers(self) -> set[int]:
-        """Process ids of its workers."""
-        import psutil
-
+        """Process ids of the workers of `models` that are alive."""
         pid = json.loads((self.folder / "run" / "server.json").read_text())["pid"]
-        return {
+        alive = {
             child.pid
             for child in psutil.Process(pid).children(recursive=True)
             if any("model_service_worker" in part for part in child.cmdline())
         }
+        described = [self.manage("GET", f"/models/{name}").json() for name in self.models]
+        return alive & {worker["pid"] for [version] in described for worker in version["workers"]}
+
+    def manage(self, method: str, path: str) -> requests.Response:
+        """A call to the management API that must succeed."""
+        headers = {"Authorization": f"Bearer {self.management_token}"}
+        answer = requests.request(method, f"{self.management}{path}", headers=headers, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    def post(self, path: str, body: Any, content_type: str | None = None, **options: Any) -> requests.Response:
+        """POSTs bytes as they are, anything else as JSON. options: those of requests.post."""
+        headers = {"Authorization": f"Bearer {self.token}"} | ({"Content-Type": content_type} if content_type else {})
+        data = {"data": body} if isinstance(body, bytes) else {"json": body}
+        return requests.post(f"{self.url}{path}", **data, headers=headers, timeout=60, **options)
+
+    def grpc_predictions(self, model: str, body: bytes) -> bytes:
+        """Unary TorchServe gRPC."""
+        with grpc.insecure_channel(self.grpc) as channel:
+            stub = inference_pb2_grpc.InferenceAPIsServiceStub(channel)
+            request = inference_pb2.PredictionsRequest(model_name=model, input={"data": body})
+            return bytes(stub.Predictions(request, metadata=self.metadata(), timeout=60).prediction)
+
+    def metadata(self) -> list[tuple[str, str]]:
+        """What a gRPC call must carry."""
+        return [("protocol", "gRPC"), ("authorization", f"Bearer {self.token}")]
+
+    def rest_client(self) -> marble_client.RestClient:
+        """Marble's own client over REST."""
+        return marble_client.RestClient(self.url, self.management, self.token, self.management_token, timeout=60)
+
+    def grpc_client(self) -> marble_client.GrpcClient:
+        """Marble's own client over gRPC."""
+        return marble_client.GrpcClient(self.grpc, self.grpc_management, self.token, timeout=60)
 
 
 def free_ports(count: int) -> list[int]:
@@ -139,14 +224,17 @@ def stop(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
-    """Starts servers, each in a folder of its own, and stops them at the end of the session."""
+    """Starts servers of these models, each in a folder of its own, and stops them at the end of the session.
+
+    settings: changes to config.properties.
+    """
     folders = []
 
-    def start(store: Path, *options: object) -> Served:
+    def start(store: Path, *models: str, **settings: object) -> Served:
         folder = tmp_path_factory.mktemp("server")
-        config, ports = write_config(folder)
+        config, ports = write_config(folder, **settings)
         folders.append(folder)
-        succeeded(serve(folder, store, config, *options))
+        succeeded(serve(folder, store, config, "--models", *models))
         keys = json.loads((folder / "key_file.json").read_text())
         return Served(
             folder,
@@ -154,6 +242,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
             *(f"127.0.0.1:{port}" for port in ports[3:]),
             keys["inference"]["key"],
             keys["management"]["key"],
+            models,
         )
 
     yield start
@@ -163,5 +252,72 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
 @pytest.fixture(scope="session")
 def served(start_server: Callable[..., Served], store: Path) -> Served:
-    """One TorchServe with all archives of `store`, shared by the end-to-end tests."""
-    return start_server(store)
+    """A TorchServe with all archives of `store`, its settings those of the project."""
+    return start_server(store, "reviews", "reviews-fp32", "reviews-torch")
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model store behind `serve_models`."""
+    return tmp_path_factory.mktemp("shared_store")
+
+
+@pytest.fixture(scope="session")
+def _add_models(start_server: Callable[..., Served], shared_store: Path) -> Callable[..., Served]:
+    servers: list[Served] = []
+
+    def add(*models: str) -> Served:
+        if not servers:
+            servers.append(start_server(shared_store, *models, enable_model_api="true"))
+            return servers[0]
+        server = replace(servers[0], models=models)
+        for name in models:
+            verify(name, shared_store / f"{name}.mar")
+            server.manage("POST", f"/models?url={name}.mar&model_name={name}&initial_workers=1&synchronous=true")
+            with server.rest_client() as client:
+                client.canary(name)
+        return server
+
+    return add
+
+
+@pytest.fixture(scope="module")
+def serve_models(_add_models: Callable[..., Served]) -> Iterator[Callable[..., Served]]:
+    """Serves archives of `shared_store`, by their names, until the tests of the module are done.
+
+    All modules share one TorchServe, because a JVM takes seconds to start. The first models are served as scripts/serve
+    does it; later ones are registered, which config.properties forbids, after the same checks.
+    """
+    added = []
+
+    def serve(*models: str) -> Served:
+        added.append(_add_models(*models))
+        return added[-1]
+
+    yield serve
+    for server in added:
+        for name in server.models:
+            server.manage("DELETE", f"/models/{name}")
+
+
+@pytest.fixture
+def same_workers(served: Served) -> Iterator[None]:
+    """The test must leave every worker alive and well: the same process ids after as before, and the canary answered.
+
+    `served` is the one of the test's module.
+    """
+    before = served.workers()
+    assert len(before) == len(served.models)
+    yield
+    assert served.workers() == before
+    with served.rest_client() as client:
+        for name in served.models:
+            client.canary(name)
+
+
+@pytest.fixture
+def inference_client(served: Served, monkeypatch: pytest.MonkeyPatch) -> HubClient:
+    """The hub's own client of a served model."""
+    # It refuses even local addresses in offline mode.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return lambda model: huggingface_hub.InferenceClient(model=f"{served.url}/predictions/{model}", token=served.token)

@@ -6,25 +6,21 @@ import io
 import json
 import shutil
 import struct
-import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc
-import huggingface_hub
 import numpy as np
 import pytest
 import requests
 import soundfile
 import torch
 import transformers
-from conftest import ROOT, Served, build, run, succeeded
+from conftest import HubClient, Served, build_here, train_here
 from datasets import Dataset
 from numpy.typing import NDArray
 
-import marble_client
 from handler.engine import Engine
 from handler.errors import (
     InternalError,
@@ -40,7 +36,6 @@ from handler.inputs.sounds import SoundInputs, read_sound
 from handler.messages import Request, Result
 from handler.settings import Settings
 from handler.tasks.speech_recognition import CtcVocabulary, SpeechRecognition
-from marble_client.stubs import inference_pb2, inference_pb2_grpc
 from training import base_model, bundle, sounds
 from training.base_model import BaseModel
 from training.errors import UserError
@@ -420,12 +415,7 @@ def test_drift_of_a_text_is_the_share_that_differs() -> None:
 
 
 def train(task: str, place: Path, *options: object) -> Path:
-    succeeded(
-        run(
-            *(sys.executable, ROOT / "train.py", "--task", task, "--output-dir", place, *options),
-            OMP_NUM_THREADS="1",
-        )
-    )
+    train_here("--task", task, "--output-dir", place, *options)
     return place
 
 
@@ -600,19 +590,20 @@ def test_masking_in_time_is_left_off_for_short_sounds(tmp_path: Path) -> None:
 
 # --- archives, served
 
+MODELS = ("digits", "plain", "words", "words-torch")
+
 
 @pytest.fixture(scope="module")
-def archives(digits: Path, words: Path, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store: digits and words on OpenVINO, plain and words-torch."""
-    folder = tmp_path_factory.mktemp("model_store")
+def archives(digits: Path, words: Path, plain: Path, shared_store: Path) -> Path:
+    """A model store with MODELS: all but words-torch on OpenVINO."""
     for name, made, backend in (
         ("digits", digits, "openvino"),
         ("plain", plain, "openvino"),
         ("words", words, "openvino"),
         ("words-torch", words, "torch"),
     ):
-        succeeded(build(made, folder, "--name", name, "--backend", backend, "--precision", "fp32"))
-    return folder
+        build_here(made, shared_store, name, backend)
+    return shared_store
 
 
 def unpacked(archives: Path, name: str, folder: Path) -> Engine:
@@ -646,32 +637,16 @@ def test_openvino_recognition_equals_the_transformers_pipeline(
 
 
 @pytest.fixture(scope="module")
-def served(start_server: Callable[..., Served], archives: Path) -> Served:
-    return start_server(archives)
-
-
-@pytest.fixture
-def same_workers(served: Served) -> Iterator[None]:
-    """The test must leave every worker alive: the same process ids after as before."""
-    before = served.workers()
-    assert before
-    yield
-    assert served.workers() == before
+def served(archives: Path, serve_models: Callable[..., Served]) -> Served:
+    return serve_models(*MODELS)
 
 
 def post(served: Served, model: str, body: Any, content_type: str | None = None) -> requests.Response:
-    """POSTs bytes as they are, anything else as JSON."""
-    headers = {"Authorization": f"Bearer {served.token}"} | ({"Content-Type": content_type} if content_type else {})
-    data = {"data": body} if isinstance(body, bytes) else {"json": body}
-    return requests.post(f"{served.url}/predictions/{model}", **data, headers=headers, timeout=60)
+    return served.post(f"/predictions/{model}", body, content_type)
 
 
 def grpc_prediction(served: Served, model: str, body: bytes) -> Any:
-    metadata = [("protocol", "gRPC"), ("authorization", f"Bearer {served.token}")]
-    with grpc.insecure_channel(served.grpc) as channel:
-        stub = inference_pb2_grpc.InferenceAPIsServiceStub(channel)
-        request = inference_pb2.PredictionsRequest(model_name=model, input={"data": body})
-        return json.loads(stub.Predictions(request, metadata=metadata, timeout=60).prediction)
+    return json.loads(served.grpc_predictions(model, body))
 
 
 def same(found: Any, wanted: Any) -> bool:
@@ -681,7 +656,7 @@ def same(found: Any, wanted: Any) -> bool:
     return bool(by_label(found) == pytest.approx(by_label(wanted), abs=1e-6))
 
 
-@pytest.mark.parametrize("model", ["digits", "plain", "words", "words-torch"])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_door_gives_the_same_answer(
     served: Served, model: str, recordings: list[Path], same_workers: None
 ) -> None:
@@ -698,29 +673,24 @@ def test_every_door_gives_the_same_answer(
         "data address": post(served, model, {"inputs": f"data:audio/wav;base64,{text}"}).json(),
         "list": post(served, model, {"inputs": [text]}).json()[0],
         "multipart": requests.post(f"{served.url}/predictions/{model}", files=file, headers=headers, timeout=60).json(),
-        "kserve v1": requests.post(
-            f"{served.url}/v1/models/{model}:predict", json=kserve, headers=headers, timeout=60
-        ).json()["predictions"][0],
+        "kserve v1": served.post(f"/v1/models/{model}:predict", kserve).json()["predictions"][0],
         "grpc": grpc_prediction(served, model, content),
         "grpc, json": grpc_prediction(served, model, json.dumps({"inputs": text}).encode()),
     }
-    with marble_client.RestClient(served.url, served.management, served.token) as rest:
+    with served.rest_client() as rest:
         answers["marble rest"] = rest.predict(model, content).predictions
-    with marble_client.GrpcClient(served.grpc, served.grpc_management, served.token) as remote:
+    with served.grpc_client() as remote:
         answers["marble grpc"] = remote.predict(model, content).predictions
     assert {way: same(answer, wanted) for way, answer in answers.items()} == dict.fromkeys(answers, True)
 
 
-def hub_client(served: Served, model: str, monkeypatch: pytest.MonkeyPatch) -> huggingface_hub.InferenceClient:
-    # The hub's client refuses even local addresses in offline mode.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    return huggingface_hub.InferenceClient(model=f"{served.url}/predictions/{model}", token=served.token)
-
-
 def test_the_hubs_client_classifies_sounds(
-    served: Served, digits: Path, recordings: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inference_client: HubClient,
+    digits: Path,
+    recordings: list[Path],
+    tmp_path: Path,
 ) -> None:
-    client = hub_client(served, "digits", monkeypatch)
+    client = inference_client("digits")
     reference = pipeline("audio-classification", digits)
     files = [*recordings[:3], tmp_path / "a.flac", tmp_path / "a.ogg"]
     files[3].write_bytes(saved(noise(0.5), form="FLAC"))
@@ -737,9 +707,12 @@ def test_the_hubs_client_classifies_sounds(
 
 @pytest.mark.parametrize("model", ["words", "words-torch"])
 def test_the_hubs_client_recognises_speech(
-    served: Served, model: str, words: Path, recordings: list[Path], monkeypatch: pytest.MonkeyPatch
+    inference_client: HubClient,
+    model: str,
+    words: Path,
+    recordings: list[Path],
 ) -> None:
-    client = hub_client(served, model, monkeypatch)
+    client = inference_client(model)
     reference = pipeline("automatic-speech-recognition", words)
     for file in recordings[:5]:
         wanted = reference(samples(file.read_bytes()), return_timestamps="word")
@@ -780,7 +753,7 @@ MALFORMED: dict[str, tuple[bytes, str | None, int]] = {
 
 
 def test_malformed_sounds_end_no_worker(served: Served, recordings: list[Path], same_workers: None) -> None:
-    for model in ("digits", "plain", "words", "words-torch"):
+    for model in MODELS:
         for name, (body, content_type, status) in MALFORMED.items():
             answer = post(served, model, body, content_type)
             assert answer.status_code == status, (name, answer.text)

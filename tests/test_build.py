@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import OFFLINE, ROOT, build, run, succeeded
+from conftest import NO_CHECKPOINTS, OFFLINE, ROOT, build, run, succeeded, train_here
 from test_train import save_tiny_base, write_csv
 
 from archiver.__main__ import locked
@@ -53,8 +53,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_csv(folder / "data.csv", ("negative", "positive"))
     files = ("--train-file", data, "--output-dir", folder / "small", "--base-model", save_tiny_base(folder / "base"))
     sizes = ("--max-length", 32, "--max-steps", 60, "--learning-rate", 0.005, "--validation-share", 0.3)
-    saving = ("--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false")
-    succeeded(run(sys.executable, ROOT / "train.py", *files, *sizes, *saving))
+    train_here(*files, *sizes, *NO_CHECKPOINTS)
     assert json.loads((folder / "small" / "metrics.json").read_text())["splits"]["validation"]["accuracy"] == 1
     return folder / "small"
 
@@ -76,7 +75,7 @@ Build = Callable[..., str]
 def build_here(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Build:
     """Runs the program behind build_mar.sh as `__main__` in this process, which spares each case the imports.
 
-    Returns what it printed. Raises Exit for `sys.exit(message)`, which prints the message and exits with 1;
+    Returns what it printed, errors last. Raises Exit for `sys.exit(message)`, which prints it and exits with 1;
     test_the_exit_code_and_the_message_of_a_process proves it once.
     """
 
@@ -93,7 +92,7 @@ def build_here(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: p
         if message is not None:
             assert re.fullmatch(r"build_mar\.sh: [^\n]+", message)
             raise Exit(f"{message}\n{printed.err}")
-        return printed.out
+        return printed.out + printed.err
 
     return call
 
@@ -103,10 +102,12 @@ def build_here(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: p
 
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_another_build_elsewhere_gives_the_same_bytes(bundle: Path, store: Path, tmp_path: Path, name: str) -> None:
-    """Another folder, another user's habits, file times and modes; the choice of `auto` named outright."""
+    """Another folder, another user's habits, file times and modes; `auto` finds what was measured in the bundle."""
     elsewhere = tmp_path / "somewhere else" / "copy"
-    made = settings(store / name)
-    options = ("--name", name.removesuffix(".mar"), "--backend", made["backend"], "--precision", made["precision"])
+    options: tuple[str, ...] = ("--name", name.removesuffix(".mar"))
+    if name != "reviews.mar":
+        made = settings(store / name)
+        options += ("--backend", made["backend"], "--precision", made["precision"])
     for folder in ("home", "tmp", "cwd"):
         (tmp_path / folder).mkdir()
     environment = {
@@ -120,6 +121,9 @@ def test_another_build_elsewhere_gives_the_same_bytes(bundle: Path, store: Path,
     before = os.umask(0o077)
     try:
         shutil.copytree(bundle, elsewhere, copy_function=shutil.copyfile)
+        with zipfile.ZipFile(store / name) as file:
+            if "candidates.json" in file.namelist():
+                file.extract("candidates.json", elsewhere)
         command = (ROOT / "build_mar.sh", "--bundle", elsewhere, "--store", tmp_path / "store", *options)
         succeeded(run(*command, cwd=tmp_path / "cwd", **environment))
     finally:
@@ -177,7 +181,8 @@ def test_the_members(bundle: Path, store: Path, name: str) -> None:
         entries = file.infolist()
         names = [entry.filename for entry in entries]
         tokenizer = {"config.json", "tokenizer.json", "tokenizer_config.json"}
-        assert set(names) == code | model | facts | tokenizer | {"entry.py"}
+        measured = {"candidates.json"} if name == "reviews.mar" else set()
+        assert set(names) == code | model | facts | tokenizer | measured | {"entry.py"}
         assert names == sorted(set(names))
         assert {entry.compress_type for entry in entries} == {zipfile.ZIP_STORED}
         assert {entry.external_attr for entry in entries} == {0o100644 << 16}
@@ -385,14 +390,15 @@ def test_a_golden_set_that_was_changed_is_refused(small: Path, tmp_path: Path, b
     assert written(tmp_path / "store") == []
 
 
-def test_auto_falls_back_and_says_why_each_choice_failed(small: Path, tmp_path: Path) -> None:
+def test_auto_falls_back_and_says_why_each_choice_failed(small: Path, tmp_path: Path, build_here: Build) -> None:
     change_third_example(small, predictions=[{"label": "negative", "score": 1.0}])
-    done = build(small, tmp_path / "store")
-    assert done.returncode == 1
-    assert "openvino fp32 does not pass: golden example 3" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "torch fp32 does not pass: golden example 3" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("build_mar.sh: torch fp32 did not pass")
+    with pytest.raises(Exit) as caught:
+        build_here(small, "--backend", "auto")
+    message, *said = str(caught.value).splitlines()
+    assert re.match(r"build_mar\.sh: none of .*openvino fp32.*torch fp32.* passed the quality gate", message)
+    for choice in ("openvino fp32", "torch fp32"):
+        assert any(line.startswith(f"{choice} does not pass: golden example 3") for line in said), said
+    assert "Traceback" not in str(caught.value)
     assert written(tmp_path / "store") == []
 
 
@@ -425,13 +431,11 @@ def test_a_model_that_got_worse_is_refused_unless_it_is_allowed(small: Path, tmp
     assert sorted(written(tmp_path / "store")) == ["small.mar", "small.mar.sha256"]
 
 
-def test_force_builds_what_the_gate_refuses_and_warns(
-    small: Path, tmp_path: Path, build_here: Build, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_force_builds_what_the_gate_refuses_and_warns(small: Path, tmp_path: Path, build_here: Build) -> None:
     change_third_example(small, predictions=[{"label": "negative", "score": 1.0}])
-    done = build(small, tmp_path / "store", *TORCH, "--force")
-    succeeded(done)
-    assert "warning: built because of --force, though golden example 3" in done.stderr
+    printed = build_here(small, *TORCH, "--force")
+    assert "warning: built because of --force, though golden example 3" in printed
+    assert sorted(written(tmp_path / "store")) == ["small.mar", "small.mar.sha256"]
     with pytest.raises(Exit, match="golden example 3"):  # --force with `auto` still looks for one that passes
         build_here(small, "--backend", "torch", "--force")
 

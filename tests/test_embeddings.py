@@ -8,11 +8,10 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-import requests
 import sentence_transformers
 import torch
 import transformers
-from conftest import Served
+from conftest import CPUS, HubClient, Served, train_here
 from numpy.typing import NDArray
 from text_models import (
     MAX_LENGTH,
@@ -26,8 +25,6 @@ from text_models import (
     write,
 )
 
-import marble_client
-import train
 from handler.engine import Engine
 from handler.formats import hugging_face
 from handler.tasks.feature_extraction import SentenceSettings, normalized, settings_files
@@ -44,11 +41,7 @@ def bundled_minilm() -> Path:
 
 
 def run_train(place: Path, task: str, *arguments: Any) -> Path:
-    """Runs train.py in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        given = ["train.py", "--task", task, "--output-dir", place, *arguments]
-        patch.setattr("sys.argv", [str(argument) for argument in given])
-        train.main()
+    train_here("--task", task, "--output-dir", place, *arguments, threads=CPUS)
     return place
 
 
@@ -356,20 +349,17 @@ def test_the_api_has_parameters_beside_the_inputs(minilm: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def embedders(minilm: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    store = tmp_path_factory.mktemp("embedders")
+def served(
+    minilm: Path, shared_store: Path, serve_models: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory
+) -> Served:
     similar = run_train(tmp_path_factory.mktemp("similar") / "similar", "sentence-similarity")
     for folder in (minilm, similar):
-        archive(folder, store)
-    return start_server(store)
+        archive(folder, shared_store)
+    return serve_models("minilm", "similar")
 
 
-def client_of(server: Served, model: str) -> huggingface_hub.InferenceClient:
-    return huggingface_hub.InferenceClient(model=f"{server.url}/predictions/{model}", token=server.token)
-
-
-def test_inference_client_feature_extraction(embedders: Served, minilm: Path) -> None:
-    client, sentences = client_of(embedders, "minilm"), sentences_of(bundled_minilm())
+def test_inference_client_feature_extraction(inference_client: HubClient, minilm: Path) -> None:
+    client, sentences = inference_client("minilm"), sentences_of(bundled_minilm())
     some = ["A fine pair of boots.", "word " * 400]
     expected = sentences.encode(some)
     found = client.feature_extraction(some[0])
@@ -385,22 +375,21 @@ def test_inference_client_feature_extraction(embedders: Served, minilm: Path) ->
         client.feature_extraction(some[1], truncate=False)
 
 
-def test_inference_client_sentence_similarity(embedders: Served) -> None:
+def test_inference_client_sentence_similarity(
+    inference_client: HubClient,
+) -> None:
     sentences = sentences_of(bundled_minilm())
     others = ["Deep learning is so straightforward.", "It rains.", ""]
     expected = sentences.similarity(sentences.encode(["Machine learning is easy."]), sentences.encode(others))[
         0
     ].numpy()
-    found = client_of(embedders, "similar").sentence_similarity("Machine learning is easy.", others)
+    found = inference_client("similar").sentence_similarity("Machine learning is easy.", others)
     assert found == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_marble_clients(embedders: Served) -> None:
+def test_marble_clients(served: Served) -> None:
     expected = sentences_of(bundled_minilm()).encode(["a text"])[0]
-    with (
-        marble_client.RestClient(embedders.url, embedders.management, embedders.token) as rest,
-        marble_client.GrpcClient(embedders.grpc, embedders.grpc_management, embedders.token) as grpc,
-    ):
+    with served.rest_client() as rest, served.grpc_client() as grpc:
         for client in (rest, grpc):
             found = np.array(client.predict("minilm", "a text").predictions)
             assert np.abs(found - expected).max() < 1e-4
@@ -410,20 +399,17 @@ def test_marble_clients(embedders: Served) -> None:
             assert other < same
 
 
-def test_naughty_strings_end_no_worker(embedders: Served, shared: Path) -> None:
-    strings, workers = naughty_strings(shared), embedders.workers()
-    headers = {"Authorization": f"Bearer {embedders.token}"}
-    url = f"{embedders.url}/predictions/minilm"
+def test_naughty_strings_end_no_worker(served: Served, shared: Path, same_workers: None) -> None:
+    strings = naughty_strings(shared)
     for start in range(0, len(strings), 100):
         some = strings[start : start + 100]
-        answer = requests.post(url, json={"inputs": some}, headers=headers, timeout=60)
+        answer = served.post("/predictions/minilm", {"inputs": some})
         assert answer.status_code == 200
         assert np.isfinite(np.array(answer.json())).all()
     for string in strings[::20]:
         body = {"inputs": "a", "prompt_name": string, string: string}
-        assert requests.post(url, json=body, headers=headers, timeout=60).status_code == 422
+        assert served.post("/predictions/minilm", body).status_code == 422
     body = {"inputs": {"source_sentence": strings[5], "sentences": strings}}
-    answer = requests.post(f"{embedders.url}/predictions/similar", json=body, headers=headers, timeout=60)
+    answer = served.post("/predictions/similar", body)
     assert answer.status_code == 200
     assert len(answer.json()) == len(strings)
-    assert embedders.workers() == workers

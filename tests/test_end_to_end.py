@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,28 +56,6 @@ def expected(served: Served) -> dict[str, float]:
     return scores(ask(served, GOOD, "reviews-fp32").json()[0])
 
 
-@pytest.fixture
-def same_workers(served: Served) -> Iterator[None]:
-    """The test must leave every worker alive: the same process ids after as before."""
-    before = served.workers()
-    assert len(before) == 3
-    yield
-    assert served.workers() == before
-    assert ask(served, GOOD).status_code == 200
-
-
-def metadata(served: Served) -> list[tuple[str, str]]:
-    return [("protocol", "gRPC"), ("authorization", f"Bearer {served.token}")]
-
-
-def predictions(served: Served, model: str, body: bytes) -> bytes:
-    """Unary TorchServe gRPC."""
-    with grpc.insecure_channel(served.grpc) as channel:
-        stub = inference_pb2_grpc.InferenceAPIsServiceStub(channel)
-        request = inference_pb2.PredictionsRequest(model_name=model, input={"data": body})
-        return bytes(stub.Predictions(request, metadata=metadata(served), timeout=60).prediction)
-
-
 def open_inference(served: Served, model: str, tensor: dict[str, Any] | None, identifier: str = "7") -> Any:
     """Open Inference gRPC."""
     with grpc.insecure_channel(served.grpc) as channel:
@@ -85,7 +63,7 @@ def open_inference(served: Served, model: str, tensor: dict[str, Any] | None, id
         message = open_inference_grpc_pb2.ModelInferRequest
         tensors = [message.InferInputTensor(**tensor)] if tensor else []
         request = message(model_name=model, id=identifier, inputs=tensors)
-        return stub.ModelInfer(request, metadata=metadata(served), timeout=60)
+        return stub.ModelInfer(request, metadata=served.metadata(), timeout=60)
 
 
 # --- every door
@@ -159,11 +137,11 @@ def via_open_inference_grpc(served: Served) -> dict[str, float]:
 
 
 def via_torchserve_grpc(served: Served) -> dict[str, float]:
-    return scores(json.loads(predictions(served, "reviews-fp32", json.dumps(GOOD).encode()))[0])
+    return scores(json.loads(served.grpc_predictions("reviews-fp32", json.dumps(GOOD).encode()))[0])
 
 
 def via_torchserve_grpc_plain_text(served: Served) -> dict[str, float]:
-    return scores(json.loads(predictions(served, "reviews-fp32", TEXT.encode()))[0])
+    return scores(json.loads(served.grpc_predictions("reviews-fp32", TEXT.encode()))[0])
 
 
 def via_inference_client(served: Served) -> dict[str, float]:
@@ -181,12 +159,12 @@ def via_tritonclient(served: Served) -> dict[str, float]:
 
 
 def via_marble_rest(served: Served) -> dict[str, float]:
-    with marble_client.RestClient(served.url, served.management, served.token) as client:
+    with served.rest_client() as client:
         return {entry.label: entry.score for entry in client.classify("reviews-fp32", TEXT).predictions}
 
 
 def via_marble_grpc(served: Served) -> dict[str, float]:
-    with marble_client.GrpcClient(served.grpc, served.grpc_management, served.token) as client:
+    with served.grpc_client() as client:
         return {entry.label: entry.score for entry in client.classify("reviews-fp32", TEXT).predictions}
 
 
@@ -373,10 +351,10 @@ def test_naughty_strings_do_not_change_their_neighbours(
 
 
 def test_grpc_errors_are_bodies_and_marble_raises_them(served: Served, same_workers: None) -> None:
-    body = json.loads(predictions(served, "reviews", b'{"inputs": 7}'))
+    body = json.loads(served.grpc_predictions("reviews", b'{"inputs": 7}'))
     assert body["code"] == 422
     with (
-        marble_client.GrpcClient(served.grpc, served.grpc_management, served.token) as client,
+        served.grpc_client() as client,
         pytest.raises(marble_client.InvalidParameter, match="must be a string"),
     ):
         client.predict("reviews", 7)
@@ -386,7 +364,7 @@ def test_streamed_grpc_to_a_model_that_does_not_stream(served: Served, same_work
     with grpc.insecure_channel(served.grpc) as channel:
         stub = inference_pb2_grpc.InferenceAPIsServiceStub(channel)
         request = inference_pb2.PredictionsRequest(model_name="reviews", input={"data": json.dumps(GOOD).encode()})
-        [answer] = stub.StreamPredictions(request, metadata=metadata(served), timeout=30)
+        [answer] = stub.StreamPredictions(request, metadata=served.metadata(), timeout=30)
     assert len(json.loads(answer.prediction)[0]) == 3
 
 
@@ -421,7 +399,7 @@ def test_odd_grpc_fields(served: Served, same_workers: None, fields: dict[str, b
     with grpc.insecure_channel(served.grpc) as channel:
         stub = inference_pb2_grpc.InferenceAPIsServiceStub(channel)
         request = inference_pb2.PredictionsRequest(model_name="reviews", input=fields)
-        stub.Predictions(request, metadata=metadata(served), timeout=30)
+        stub.Predictions(request, metadata=served.metadata(), timeout=30)
 
 
 def test_headers_a_client_may_forge(served: Served, same_workers: None) -> None:
@@ -456,7 +434,7 @@ def test_nobody_can_register_a_model(served: Served) -> None:
         timeout=30,
     )
     assert answer.status_code >= 400
-    with marble_client.RestClient(served.url, served.management, served.token, served.management_token) as client:
+    with served.rest_client() as client:
         assert {model.name for model in client.models()} == {"reviews", "reviews-fp32", "reviews-torch"}
 
 
@@ -481,7 +459,7 @@ def test_request_text_reaches_no_log(served: Served) -> None:
         ask(served, body)
     ask(served, f'{{"inputs": "{secret}'.encode(), **JSON)
     ask(served, f"{secret} \xff".encode("latin-1"), **{"Content-Type": "text/plain"})
-    predictions(served, "reviews", secret.encode())
+    served.grpc_predictions("reviews", secret.encode())
     logs = [path for path in served.folder.rglob("*") if path.is_file()]
     assert any(path.name == "model_log.log" for path in logs)
     for path in logs:

@@ -2,8 +2,7 @@
 
 import json
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 import transformers
-from conftest import REVIEWS, Served, build, succeeded
+from conftest import NO_CHECKPOINTS, REVIEWS, HubClient, Served, build_here, train_here
 from scratch_models import reviews, write
 from transformers import AutoModelForMaskedLM
 
 import marble_client
-import train
 from handler import golden
 from handler.engine import Engine
 from handler.errors import InvalidInput, InvalidParameter, RequestError, TooLarge
@@ -305,20 +303,13 @@ def test_drift() -> None:
 # --- trained by train.py, built by build_mar.sh, served
 
 
-def train_model(*arguments: object) -> None:
-    """Runs train.py in this process, which saves the seconds that loading the libraries takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        train.main()
-
-
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT pretrained for some steps on the shipped reviews."""
     place = tmp_path_factory.mktemp("pretrained") / "reviews-lm"
     sizes = "bert hidden_size=32 num_hidden_layers=1 num_attention_heads=2 intermediate_size=64 vocab_size=1000"
     steps = ("--max-steps", 60, "--eval-strategy", "steps", "--eval-steps", 30, "--save-strategy", "steps")
-    train_model(
+    train_here(
         *("--task", "fill-mask", "--from-scratch", sizes, "--output-dir", place),
         *("--train-file", REVIEWS / "train.csv", "--validation-file", REVIEWS / "validation.csv"),
         *(*steps, "--save-steps", 30, "--learning-rate", 5e-3, "--max-length", 64, "--seed", 3),
@@ -360,10 +351,9 @@ def test_scores_count_the_hidden_words() -> None:
 
 def test_a_pretrained_model_is_fine_tuned(pretrained: Path, tmp_path: Path) -> None:
     place = tmp_path / "classifier"
-    train_model(
+    train_here(
         *("--task", "text-classification", "--base-model", pretrained, "--output-dir", place, "--max-steps", 2),
-        *("--train-file", REVIEWS / "validation.csv", "--eval-strategy", "no", "--save-strategy", "no"),
-        *("--load-best-model-at-end", "false"),
+        *("--train-file", REVIEWS / "validation.csv", *NO_CHECKPOINTS),
     )
     assert json.loads((place / "provenance.json").read_text())["base_model"]["name"] == "reviews-lm"
     engine = Engine(place)
@@ -373,32 +363,24 @@ def test_a_pretrained_model_is_fine_tuned(pretrained: Path, tmp_path: Path) -> N
 
 def test_a_model_is_bundled_as_it_is(pretrained: Path, tmp_path: Path) -> None:
     place = tmp_path / "as-it-is"
-    train_model("--task", "fill-mask", "--base-model", pretrained, "--output-dir", place)
+    train_here("--task", "fill-mask", "--base-model", pretrained, "--output-dir", place)
     assert (place / "model.safetensors").read_bytes() == (pretrained / "model.safetensors").read_bytes()
     assert golden.replay(Engine(place), place / golden.FILE_NAME) < 1e-5
 
 
 @pytest.fixture(scope="module")
-def served(pretrained: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    store = tmp_path_factory.mktemp("store")
-    succeeded(build(pretrained, store, "--name", "fill-openvino", "--backend", "openvino", "--precision", "fp32"))
-    succeeded(build(pretrained, store, "--name", "fill-torch", "--backend", "torch", "--precision", "fp32"))
-    return start_server(store)
-
-
-@pytest.fixture
-def same_workers(served: Served) -> Iterator[None]:
-    before = served.workers()
-    yield
-    assert served.workers() == before
+def served(pretrained: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
+    build_here(pretrained, shared_store, "fill-openvino", "openvino")
+    build_here(pretrained, shared_store, "fill-torch", "torch")
+    return serve_models(*MODELS)
 
 
 MODELS = ("fill-openvino", "fill-torch")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_inference_client(served: Served, pretrained: Path, name: str) -> None:
-    client = huggingface_hub.InferenceClient(model=f"{served.url}/predictions/{name}", token=served.token)
+def test_inference_client(inference_client: HubClient, pretrained: Path, name: str) -> None:
+    client = inference_client(name)
     reference = pipeline(pretrained)
     for text in masked_texts("[MASK]")[:10]:
         if text.count("[MASK]") == 1:
@@ -418,10 +400,7 @@ def test_inference_client(served: Served, pretrained: Path, name: str) -> None:
 def test_marble_client_over_rest_and_grpc(served: Served, pretrained: Path, name: str) -> None:
     texts = ["The [MASK] was good.", "A [MASK] pair of [MASK]."]
     expected = pipeline(pretrained)(texts, top_k=3)
-    with (
-        marble_client.RestClient(served.url, served.management, served.token) as rest,
-        marble_client.GrpcClient(served.grpc, served.grpc_management, served.token) as grpc,
-    ):
+    with served.rest_client() as rest, served.grpc_client() as grpc:
         for client in (rest, grpc):
             answer = client.predict(name, texts, parameters={"top_k": 3})
             for found, reference in zip(answer.predictions, expected, strict=True):
@@ -432,6 +411,6 @@ def test_marble_client_over_rest_and_grpc(served: Served, pretrained: Path, name
 
 def test_naughty_strings_leave_the_workers_alive(served: Served, shared: Path, same_workers: None) -> None:
     texts = [f"{text} [MASK]" for text in naughty(shared)]
-    with marble_client.RestClient(served.url, served.management, served.token) as client:
+    with served.rest_client() as client:
         for name in MODELS:
             assert len(client.predict(name, texts).predictions) == len(texts)

@@ -9,24 +9,22 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
-import huggingface_hub
 import numpy as np
 import pytest
 import requests
 import torch
 import transformers
-from conftest import OFFLINE, ROOT, Served, build, run, succeeded
+from conftest import NO_CHECKPOINTS, OFFLINE, ROOT, HubClient, Served, build_here, train_here
 from datasets import Dataset
 from numpy.typing import NDArray
 from PIL import Image
 from transformers.image_utils import load_image
 
-import marble_client
 from handler.engine import Engine
 from handler.errors import (
     InvalidInput,
@@ -41,8 +39,6 @@ from handler.inputs import Encoded
 from handler.inputs.images import ImageInputs, ImageProcessor, decode
 from handler.messages import Request, Result
 from marble_client.stubs import (
-    inference_pb2,
-    inference_pb2_grpc,
     open_inference_grpc_pb2,
     open_inference_grpc_pb2_grpc,
 )
@@ -600,13 +596,10 @@ def test_pixels_are_rationed_before_anything_is_decoded(tmp_path: Path) -> None:
 def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet trained from scratch on a folder of digits, by train.py."""
     place = tmp_path_factory.mktemp("bundles") / "digits"
-    succeeded(
-        run(
-            *(sys.executable, ROOT / "train.py", "--task", "image-classification", "--from-scratch", "resnet"),
-            *("--train-file", digits / "train", "--test-file", digits / "test", "--output-dir", place),
-            *("--num-train-epochs", 5, "--learning-rate", 3e-3, "--per-device-train-batch-size", 16),
-            OMP_NUM_THREADS="1",
-        )
+    train_here(
+        *("--task", "image-classification", "--from-scratch", "resnet"),
+        *("--train-file", digits / "train", "--test-file", digits / "test", "--output-dir", place),
+        *("--num-train-epochs", 5, "--learning-rate", 3e-3, "--per-device-train-batch-size", 16),
     )
     return place
 
@@ -616,13 +609,9 @@ def grey(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT of one channel, trained for a few steps on an index."""
     place = tmp_path_factory.mktemp("bundles") / "grey"
     spec = "vit image_size=28 patch_size=7 hidden_size=32 num_hidden_layers=1 num_attention_heads=2 num_channels=1"
-    succeeded(
-        run(
-            *(sys.executable, ROOT / "train.py", "--task", "image-classification", "--from-scratch", spec),
-            *("--train-file", digits / "test" / "index.csv", "--output-dir", place, "--max-steps", 4),
-            *("--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false", "--augment"),
-            OMP_NUM_THREADS="1",
-        )
+    train_here(
+        *("--task", "image-classification", "--from-scratch", spec, *NO_CHECKPOINTS, "--augment"),
+        *("--train-file", digits / "test" / "index.csv", "--output-dir", place, "--max-steps", 4),
     )
     return place
 
@@ -736,18 +725,17 @@ def test_a_model_of_any_size_takes_the_size_of_its_images(digits: Path, tmp_path
 
 
 @pytest.fixture(scope="module")
-def archives(trained: Path, grey: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store: digits (OpenVINO) and grey (torch)."""
-    folder = tmp_path_factory.mktemp("model_store")
-    succeeded(build(trained, folder, "--name", "digits", "--backend", "openvino", "--precision", "fp32"))
-    succeeded(build(grey, folder, "--name", "grey", "--backend", "torch", "--precision", "fp32"))
-    return folder
+def archives(trained: Path, grey: Path, shared_store: Path) -> Path:
+    """A model store with `numerals` (OpenVINO) and `grey` (torch)."""
+    build_here(trained, shared_store, "numerals", "openvino")
+    build_here(grey, shared_store, "grey", "torch")
+    return shared_store
 
 
 def test_openvino_equals_the_transformers_pipeline(
     trained: Path, archives: Path, hundred: list[Path], tmp_path: Path
 ) -> None:
-    with zipfile.ZipFile(archives / "digits.mar") as file:
+    with zipfile.ZipFile(archives / "numerals.mar") as file:
         file.extractall(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     engine = Engine(tmp_path)
@@ -758,35 +746,12 @@ def test_openvino_equals_the_transformers_pipeline(
 
 
 @pytest.fixture(scope="module")
-def served(start_server: Callable[..., Served], archives: Path) -> Served:
-    return start_server(archives)
-
-
-@pytest.fixture
-def same_workers(served: Served) -> Iterator[None]:
-    """The test must leave every worker alive: the same process ids after as before."""
-    before = served.workers()
-    assert before
-    yield
-    assert served.workers() == before
-
-
-def post(served: Served, path: str, body: Any, content_type: str | None = None) -> requests.Response:
-    """POSTs bytes as they are, anything else as JSON."""
-    headers = {"Authorization": f"Bearer {served.token}"} | ({"Content-Type": content_type} if content_type else {})
-    data = {"data": body} if isinstance(body, bytes) else {"json": body}
-    return requests.post(f"{served.url}{path}", **data, headers=headers, timeout=60)
-
-
-def metadata(served: Served) -> list[tuple[str, str]]:
-    return [("protocol", "gRPC"), ("authorization", f"Bearer {served.token}")]
+def served(archives: Path, serve_models: Callable[..., Served]) -> Served:
+    return serve_models("numerals", "grey")
 
 
 def grpc_prediction(served: Served, model: str, body: bytes) -> Any:
-    with grpc.insecure_channel(served.grpc) as channel:
-        stub = inference_pb2_grpc.InferenceAPIsServiceStub(channel)
-        request = inference_pb2.PredictionsRequest(model_name=model, input={"data": body})
-        return json.loads(stub.Predictions(request, metadata=metadata(served), timeout=60).prediction)
+    return json.loads(served.grpc_predictions(model, body))
 
 
 def grpc_open_inference(served: Served, model: str, content: bytes) -> dict[str, float]:
@@ -795,23 +760,23 @@ def grpc_open_inference(served: Served, model: str, content: bytes) -> dict[str,
     with grpc.insecure_channel(served.grpc) as channel:
         stub = open_inference_grpc_pb2_grpc.GRPCInferenceServiceStub(channel)
         request = message(model_name=model, inputs=[message.InferInputTensor(**tensor)])
-        answer = stub.ModelInfer(request, metadata=metadata(served), timeout=60)
+        answer = stub.ModelInfer(request, metadata=served.metadata(), timeout=60)
     outputs = {output.name: output for output in answer.outputs}
     names = [json.loads(value) for value in outputs["label"].contents.bytes_contents]
     return dict(zip(names, outputs["score"].contents.fp32_contents, strict=True))
 
 
-@pytest.mark.parametrize("model", ["digits", "grey"])
+@pytest.mark.parametrize("model", ["numerals", "grey"])
 def test_every_door_gives_the_same_answer(served: Served, model: str, hundred: list[Path], same_workers: None) -> None:
     content = hundred[7].read_bytes()
     text = base64.b64encode(content).decode()
     path = f"/predictions/{model}"
-    expected = by_label(post(served, path, content).json())
+    expected = by_label(served.post(path, content).json())
     assert len(expected) == 5
     tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
     columns = {
         output["name"]: output["data"]
-        for output in post(served, f"/v2/models/{model}/infer", {"inputs": [tensor]}).json()["outputs"]
+        for output in served.post(f"/v2/models/{model}/infer", {"inputs": [tensor]}).json()["outputs"]
     }
     multipart = requests.post(
         f"{served.url}{path}",
@@ -820,34 +785,35 @@ def test_every_door_gives_the_same_answer(served: Served, model: str, hundred: l
         timeout=60,
     )
     answers = {
-        "typed": by_label(post(served, path, content, "image/png").json()),
-        "octets": by_label(post(served, path, content, "application/octet-stream").json()),
-        "base64": by_label(post(served, path, {"inputs": text}).json()),
-        "data address": by_label(post(served, path, {"inputs": f"data:image/png;base64,{text}"}).json()),
-        "list": by_label(post(served, path, {"inputs": [text]}).json()[0]),
+        "typed": by_label(served.post(path, content, "image/png").json()),
+        "octets": by_label(served.post(path, content, "application/octet-stream").json()),
+        "base64": by_label(served.post(path, {"inputs": text}).json()),
+        "data address": by_label(served.post(path, {"inputs": f"data:image/png;base64,{text}"}).json()),
+        "list": by_label(served.post(path, {"inputs": [text]}).json()[0]),
         "multipart": by_label(multipart.json()),
         "kserve v1": by_label(
-            post(served, f"/v1/models/{model}:predict", {"instances": [{"b64": text}]}).json()["predictions"][0]
+            served.post(f"/v1/models/{model}:predict", {"instances": [{"b64": text}]}).json()["predictions"][0]
         ),
         "open inference": dict(zip(columns["label"], columns["score"], strict=True)),
         "open inference, grpc": grpc_open_inference(served, model, content),
         "grpc": by_label(grpc_prediction(served, model, content)),
         "grpc, json": by_label(grpc_prediction(served, model, json.dumps({"inputs": text}).encode())),
     }
-    with marble_client.RestClient(served.url, served.management, served.token) as client:
+    with served.rest_client() as client:
         answers["marble rest"] = by_label(client.predict(model, content).predictions)
-    with marble_client.GrpcClient(served.grpc, served.grpc_management, served.token) as client:
+    with served.grpc_client() as client:
         answers["marble grpc"] = by_label(client.predict(model, content).predictions)
     for way, answer in answers.items():
         assert answer == pytest.approx(expected, abs=1e-6), way
 
 
 def test_the_hubs_client_gets_what_the_pipeline_gives(
-    served: Served, trained: Path, hundred: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inference_client: HubClient,
+    trained: Path,
+    hundred: list[Path],
+    tmp_path: Path,
 ) -> None:
-    # The hub's client refuses even local addresses in offline mode.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    client = huggingface_hub.InferenceClient(model=f"{served.url}/predictions/digits", token=served.token)
+    client = inference_client("numerals")
     files = hundred[:5]
     for form in ("JPEG", "WEBP", "GIF"):
         files.append(tmp_path / f"digit.{form.lower()}")
@@ -890,14 +856,14 @@ MALFORMED: dict[str, tuple[bytes, str | None, int]] = {
 
 
 def test_malformed_images_end_no_worker(served: Served, hundred: list[Path], same_workers: None) -> None:
-    for model in ("digits", "grey"):
+    for model in ("numerals", "grey"):
         for name, (body, content_type, status) in MALFORMED.items():
-            answer = post(served, f"/predictions/{model}", body, content_type)
+            answer = served.post(f"/predictions/{model}", body, content_type)
             assert answer.status_code == status, (name, answer.text)
             assert answer.json()["code"] == status, name
             if body and not (content_type or "").startswith(("text", "application", "video")):
                 assert grpc_prediction(served, model, body)["code"] in (400, 413, 415), name
-        assert len(post(served, f"/predictions/{model}", hundred[0].read_bytes()).json()) == 5
+        assert len(served.post(f"/predictions/{model}", hundred[0].read_bytes()).json()) == 5
 
 
 def test_a_worker_that_runs_openvino_loads_no_torch_for_images(served: Served) -> None:

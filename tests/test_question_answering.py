@@ -2,22 +2,18 @@
 
 import json
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import requests
 import torch
 import transformers
 from backends import Replayed
-from conftest import Served, build, succeeded
-from huggingface_hub import InferenceClient
+from conftest import CPUS, NO_CHECKPOINTS, HubClient, Served, build_here, train_here
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
-import marble_client
 import train
 from archiver import source
 from archiver.convert import Converter
@@ -663,13 +659,18 @@ def toy_row(generator: random.Random) -> dict[str, Any]:
     return row(context, treasure, len(" ".join(before)) + bool(before), question="What was found?")
 
 
-def trained(place: Path, *arguments: object) -> Path:
-    """Runs train.py in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--task", "question-answering", *map(str, arguments)])
-        sys.argv += ["--output-dir", str(place), "--eval-strategy", "no", "--save-strategy", "no"]
-        sys.argv += ["--load-best-model-at-end", "false", "--bf16", "false"]
-        train.main()
+def trained(place: Path, *arguments: object, threads: int = 1) -> Path:
+    train_here(
+        "--task",
+        "question-answering",
+        "--output-dir",
+        place,
+        "--bf16",
+        "false",
+        *NO_CHECKPOINTS,
+        *arguments,
+        threads=threads,
+    )
     return place
 
 
@@ -745,43 +746,23 @@ def few(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     validation = data_file(folder / "validation", *lines(shared / "squad" / "dev.jsonl")[:20])
     return trained(
         folder / "bundle",
-        *("--train-file", path, "--validation-file", validation, "--max-steps", 5, "--learning-rate", 5e-4),
+        *("--train-file", path, "--validation-file", validation, "--max-steps", 3, "--learning-rate", 5e-4),
         *("--per-device-train-batch-size", 8, "--max-length", 192),
+        threads=CPUS,
     )
 
 
 @pytest.fixture(scope="module")
-def served(
-    few: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory, start_server: Callable[..., Served]
-) -> Served:
+def served(few: Path, toy: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
     """A TorchServe with `qa` (BERT, openvino) and `qa-toy` (RoBERTa, torch)."""
-    store = tmp_path_factory.mktemp("store")
-    succeeded(build(few, store, "--name", "qa", "--backend", "openvino", "--precision", "fp32"))
-    succeeded(build(toy, store, "--name", "qa-toy", "--backend", "torch", "--precision", "fp32"))
-    return start_server(store)
+    build_here(few, shared_store, "qa", "openvino")
+    build_here(toy, shared_store, "qa-toy", "torch")
+    return serve_models("qa", "qa-toy")
 
 
-@pytest.fixture
-def same_workers(served: Served) -> Iterator[None]:
-    before = served.workers()
-    yield
-    assert served.workers() == before
-
-
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    """InferenceClient asks no server, not even this one, where the hub is switched off."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-
-def inference_client(served: Served, model: str) -> InferenceClient:
-    return InferenceClient(model=f"{served.url}/predictions/{model}", token=served.token)
-
-
-@pytest.mark.usefixtures("online")
-def test_inference_client(served: Served) -> None:
+def test_inference_client(inference_client: HubClient) -> None:
     context = "the river walked slowly and a silver spoon fell on quiet stones"
-    client = inference_client(served, "qa-toy")
+    client = inference_client("qa-toy")
     answer = client.question_answering("What was found?", context)
     assert (answer.answer, answer.start, answer.end) == ("silver spoon", 30, 42)
     several = client.question_answering(
@@ -801,11 +782,10 @@ def test_inference_client(served: Served) -> None:
     assert (nothing.answer, nothing.start, nothing.end) == ("", 0, 0)
 
 
-@pytest.mark.usefixtures("online")
 def test_inference_client_equals_the_reference_of_the_bundle(
-    served: Served, few: Path, squad: list[dict[str, Any]]
+    inference_client: HubClient, few: Path, squad: list[dict[str, Any]]
 ) -> None:
-    reference, client = Reference(few), inference_client(served, "qa")
+    reference, client = Reference(few), inference_client("qa")
     for given in squad[200:210]:
         found = client.question_answering(given["question"], given["context"], top_k=3)
         expected = reference(given["question"], given["context"], top_k=3, max_seq_len=192, doc_stride=64)
@@ -815,9 +795,7 @@ def test_inference_client_equals_the_reference_of_the_bundle(
 def test_marble_clients_agree_over_rest_and_grpc(served: Served) -> None:
     contexts = ["a ruby fell on stones", "rain", "an emerald near market"]
     inputs = [{"question": "What was found?", "context": context} for context in contexts]
-    rest = marble_client.RestClient(served.url, token=served.token)
-    grpc = marble_client.GrpcClient(served.grpc, token=served.token)
-    with rest, grpc:
+    with served.rest_client() as rest, served.grpc_client() as grpc:
         [one, other] = [client.predict("qa-toy", inputs).predictions for client in (rest, grpc)]
         single = rest.predict("qa-toy", inputs[0]).predictions
     assert one == other
@@ -830,7 +808,7 @@ def test_naughty_strings_end_no_worker(served: Served, naughty: list[str], same_
         inputs = [{"question": text, "context": f"before {text} after"} for text in naughty]
         inputs += [{"question": "What was found?", "context": text} for text in naughty]
         answered = 0
-        with marble_client.RestClient(served.url, token=served.token) as client:
+        with served.rest_client() as client:
             for start in range(0, len(inputs), 250):
                 batch = inputs[start : start + 250]
                 predictions = client.predict(model, batch, {"max_question_len": 40}).predictions
@@ -856,10 +834,5 @@ def test_naughty_strings_end_no_worker(served: Served, naughty: list[str], same_
     ],
 )
 def test_errors_reach_the_client(served: Served, body: bytes, code: int, same_workers: None) -> None:
-    answer = requests.post(
-        f"{served.url}/predictions/qa",
-        data=body,
-        headers={"Authorization": f"Bearer {served.token}", "Content-Type": "application/json"},
-        timeout=60,
-    )
+    answer = served.post("/predictions/qa", body, "application/json")
     assert (answer.status_code, answer.json()["code"]) == (code, code)

@@ -2,9 +2,8 @@
 
 import csv
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import ROOT, Served, build, succeeded
+from conftest import ROOT, HubClient, Served, build_here, train_here
 from datasets import Dataset
 from scratch_models import reviews, write
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -444,15 +443,8 @@ def test_the_shipped_sets_are_split_without_overlap() -> None:
 # --- trained by train.py, built by build_mar.sh, served
 
 
-def train_model(*arguments: object) -> None:
-    """Runs train.py in this process, which saves the seconds that loading the libraries takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        train.main()
-
-
 def trained(place: Path, task: str, data: Path, sizes: str, *more: object) -> Path:
-    train_model(
+    train_here(
         *("--task", task, "--from-scratch", sizes, "--output-dir", place, "--learning-rate", 5e-3, "--seed", 2),
         *("--train-file", data / "train.csv", "--validation-file", data / "validation.csv"),
         *("--num-train-epochs", 6, *more),
@@ -515,33 +507,20 @@ def test_training_is_reproducible(tmp_path: Path) -> None:
     found = []
     for name in ("one", "other"):
         place = tmp_path / name
-        train_model("--task", "translation", "--from-scratch", sizes, "--output-dir", place, "--max-steps", 3, *data)
+        train_here("--task", "translation", "--from-scratch", sizes, "--output-dir", place, "--max-steps", 3, *data)
         found.append([(place / file).read_bytes() for file in ("model.safetensors", "tokenizer.json")])
     assert found[0] == found[1]
 
 
 @pytest.fixture(scope="module")
-def served(
-    translator: Path,
-    summarizer: Path,
-    start_server: Callable[..., Served],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Served:
-    store = tmp_path_factory.mktemp("store")
-    succeeded(build(translator, store, "--name", "phrases"))
-    succeeded(build(summarizer, store, "--name", "messages"))
-    return start_server(store)
+def served(translator: Path, summarizer: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
+    build_here(translator, shared_store, "phrases", precision="auto")
+    build_here(summarizer, shared_store, "messages", precision="auto")
+    return serve_models("phrases", "messages")
 
 
-@pytest.fixture
-def same_workers(served: Served) -> Iterator[None]:
-    before = served.workers()
-    yield
-    assert served.workers() == before
-
-
-def test_inference_client(served: Served, translator: Path, summarizer: Path) -> None:
-    translation = huggingface_hub.InferenceClient(model=f"{served.url}/predictions/phrases", token=served.token)
+def test_inference_client(inference_client: HubClient, translator: Path, summarizer: Path) -> None:
+    translation = inference_client("phrases")
     text = "The dog is sleeping in the garden."
     found = translation.translation(text, generate_parameters={"num_beams": 2, "max_new_tokens": 9})
     assert found.translation_text == reference(translator, text, num_beams=2, max_new_tokens=9)
@@ -550,7 +529,7 @@ def test_inference_client(served: Served, translator: Path, summarizer: Path) ->
     assert raised.value.response.status_code == 422
     assert "src_lang" in raised.value.response.json()["error"]
 
-    summarization = huggingface_hub.InferenceClient(model=f"{served.url}/predictions/messages", token=served.token)
+    summarization = inference_client("messages")
     message = "The kettle came with a hole in it. Please send me a new one."
     found = summarization.summarization(message, truncation="longest_first", clean_up_tokenization_spaces=False)
     assert found.summary_text == ask(engine_of(summarizer), message)
@@ -562,10 +541,7 @@ def test_inference_client(served: Served, translator: Path, summarizer: Path) ->
 def test_marble_client_over_rest_and_grpc(served: Served, translator: Path) -> None:
     texts = ["The dog is sleeping.", "Where is my key?"]
     expected = [{"translation_text": reference(translator, text, max_new_tokens=7)} for text in texts]
-    with (
-        marble_client.RestClient(served.url, served.management, served.token) as rest,
-        marble_client.GrpcClient(served.grpc, served.grpc_management, served.token) as grpc,
-    ):
+    with served.rest_client() as rest, served.grpc_client() as grpc:
         for client in (rest, grpc):
             assert client.predict("phrases", texts, parameters={"max_new_tokens": 7}).predictions == expected
             answer = client.predict("messages", "word " * 300, parameters={"details": True})
@@ -576,7 +552,7 @@ def test_marble_client_over_rest_and_grpc(served: Served, translator: Path) -> N
 
 
 def test_naughty_strings_leave_the_workers_alive(served: Served, shared: Path, same_workers: None) -> None:
-    with marble_client.RestClient(served.url, served.management, served.token) as client:
+    with served.rest_client() as client:
         for name in ("phrases", "messages"):
             answer = client.predict(name, naughty(shared), parameters={"max_new_tokens": 3})
             assert len(answer.predictions) == len(naughty(shared))

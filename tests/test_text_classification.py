@@ -6,12 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
-import requests
 import transformers
-from conftest import Served
+from conftest import NO_CHECKPOINTS, HubClient, Served, train_here
 from sklearn.metrics import f1_score
 from text_models import (
     EMOTIONS,
@@ -28,8 +26,6 @@ from text_models import (
     write,
 )
 
-import marble_client
-import train
 from handler.engine import Engine
 from training import evaluation, labelled_texts
 from training.base_model import resolve
@@ -425,14 +421,12 @@ def test_metrics_of_numbers() -> None:
 
 
 @pytest.fixture
-def run_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def run_train(tmp_path: Path) -> Callable[..., Path]:
     """Runs train.py in this process."""
 
     def run(*arguments: Any) -> Path:
         place = tmp_path / "bundle"
-        given = ["train.py", "--output-dir", place, "--overwrite", "true", "--bf16", "false", *arguments]
-        monkeypatch.setattr("sys.argv", [str(argument) for argument in given])
-        train.main()
+        train_here("--output-dir", place, "--overwrite", "true", "--bf16", "false", *arguments)
         return place
 
     return run
@@ -458,14 +452,11 @@ def test_several_labels_are_learnt(file: Callable[..., Path], run_train: Callabl
     assert drift(Engine(archived), ["sun", "fog"], answers(engine, ["sun", "fog"])) < 1e-4
 
 
-STEPS_ONLY = ("--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false")
-
-
 def test_numbers_are_learnt_whatever_their_scale(file: Callable[..., Path], run_train: Callable[..., Path]) -> None:
     """The head is trained on values of deviation 1 and brought back to the scale of the data."""
     rooms = [("attic", 2000.5), ("flat", 2500.5), ("house", 3000.5)] * 50
     path = file([{"sentence1": room, "sentence2": "by the lake", "rent": rent} for room, rent in rooms])
-    given = ("--train-file", path, "--label-column", "rent", *STEPS_ONLY)
+    given = ("--train-file", path, "--label-column", "rent", *NO_CHECKPOINTS)
     place = run_train(*given, "--from-scratch", SPEC, "--max-steps", 60, "--learning-rate", 1e-2)
     figures = json.loads((place / "metrics.json").read_text())["splits"]["validation"]
     assert figures["r2"] > 0.9
@@ -492,7 +483,7 @@ def test_gpt2_is_trained_with_padding(
     (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     rows = [("good " * (1 + i % 7), 10.5) for i in range(40)] + [("bad " * (1 + i % 5), 0.0) for i in range(40)]
     path = file([{"text": text, "label": label} for text, label in rows])
-    given = ("--max-steps", 60, "--learning-rate", 3e-3, *STEPS_ONLY)
+    given = ("--max-steps", 60, "--learning-rate", 3e-3, *NO_CHECKPOINTS)
     place = run_train("--train-file", path, "--base-model", base, *given)
     config = json.loads((place / "config.json").read_text())
     assert config["pad_token_id"] == config["eos_token_id"]
@@ -512,17 +503,14 @@ def test_a_trained_model_is_bundled_as_it_is(emotions: Path, run_train: Callable
 
 
 @pytest.fixture(scope="module")
-def classifiers(
-    emotions: Path, stars: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory
-) -> Served:
-    store = tmp_path_factory.mktemp("classifiers")
+def served(emotions: Path, stars: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
     for folder in (emotions, stars):
-        archive(folder, store)
-    return start_server(store)
+        archive(folder, shared_store)
+    return serve_models("emotions", "stars")
 
 
-def test_inference_client(classifiers: Served, emotions: Path, texts: list[str]) -> None:
-    client = huggingface_hub.InferenceClient(model=f"{classifiers.url}/predictions/emotions", token=classifiers.token)
+def test_inference_client(inference_client: HubClient, emotions: Path, texts: list[str]) -> None:
+    client = inference_client("emotions")
     for text in texts[:5]:
         found = client.text_classification(text)
         expected = answers(Engine(emotions), [text])[0]
@@ -531,13 +519,10 @@ def test_inference_client(classifiers: Served, emotions: Path, texts: list[str])
     assert len(client.text_classification(texts[0], top_k=2, function_to_apply="none")) == 2
 
 
-def test_marble_clients_send_pairs(classifiers: Served, stars: Path, texts: list[str]) -> None:
+def test_marble_clients_send_pairs(served: Served, stars: Path, texts: list[str]) -> None:
     pair = min(pairs(texts), key=lambda pair: len(pair["text"] + pair["text_pair"]))  # pairs have no windows
     [expected] = answers(Engine(stars), [pair])
-    with (
-        marble_client.RestClient(classifiers.url, classifiers.management, classifiers.token) as rest,
-        marble_client.GrpcClient(classifiers.grpc, classifiers.grpc_management, classifiers.token) as grpc,
-    ):
+    with served.rest_client() as rest, served.grpc_client() as grpc:
         for client in (rest, grpc):
             answer = client.predict("stars", pair)
             assert answer.predictions[0][0]["label"] == "stars"  # type: ignore[index, call-overload]
@@ -545,25 +530,16 @@ def test_marble_clients_send_pairs(classifiers: Served, stars: Path, texts: list
             assert client.classify("emotions", texts[0], top_k=1).predictions[0].label in EMOTIONS
 
 
-def test_naughty_strings_end_no_worker(classifiers: Served, shared: Path) -> None:
-    strings, workers = naughty_strings(shared), classifiers.workers()
-    headers = {"Authorization": f"Bearer {classifiers.token}"}
+def test_naughty_strings_end_no_worker(served: Served, shared: Path, same_workers: None) -> None:
+    strings = naughty_strings(shared)
     bodies: dict[str, Any] = {"emotions": strings, "stars": [{"text": s, "text_pair": s} for s in strings]}
     for name, inputs in bodies.items():
-        url = f"{classifiers.url}/predictions/{name}"
-        answer = requests.post(
-            url,
-            json={"inputs": inputs, "parameters": {"top_k": 1, "overflow": "truncate"}},
-            headers=headers,
-            timeout=60,
-        )
+        path = f"/predictions/{name}"
+        answer = served.post(path, {"inputs": inputs, "parameters": {"top_k": 1, "overflow": "truncate"}})
         assert answer.status_code == 200
         assert len(answer.json()) == len(strings)
         assert {entry["code"] for entry in answer.json() if isinstance(entry, dict)} <= {422}  # not a token in it
         assert sum(isinstance(entry, list) for entry in answer.json()) > 0.8 * len(strings)
         for hostile in strings[::40]:
-            refused = requests.post(
-                url, json={"inputs": "a", "parameters": {"threshold": hostile, hostile: 1}}, headers=headers, timeout=60
-            )
+            refused = served.post(path, {"inputs": "a", "parameters": {"threshold": hostile, hostile: 1}})
             assert refused.status_code == 422
-    assert classifiers.workers() == workers

@@ -21,7 +21,7 @@ import huggingface_hub
 import pytest
 import requests
 import transformers
-from conftest import ROOT, Served, build, run, succeeded
+from conftest import NO_CHECKPOINTS, HubClient, Served, build_here, run, succeeded, train_here
 from datasets import Dataset
 from huggingface_hub.errors import GenerationError
 from huggingface_hub.inference._generated.types import TextGenerationInputGenerateParameters
@@ -39,10 +39,12 @@ from marble_client import cli
 from marble_client.stubs import inference_pb2, inference_pb2_grpc
 from training import bundle, scratch
 from training.corpus import read
+from training.errors import UserError
 from training.tasks import text_generation as training_task
 
 CONTEXT = 96
 PROMPT = "First Citizen:\nBefore we"
+MODEL = "poet"
 GREEDY = {"do_sample": False}
 # Parameters of text-generation-inference that a small server on a CPU does not offer.
 NOT_OFFERED = {"adapter_id", "best_of", "frequency_penalty", "grammar", "watermark"}
@@ -564,17 +566,14 @@ def test_a_model_that_breaks_off_ends_streams_with_an_error(
 
 @pytest.fixture(scope="module")
 def trained(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model of its own, trained from scratch for some steps through the front door."""
+    """A small model of its own, trained from scratch for some steps."""
     place = tmp_path_factory.mktemp("trained")
     (place / "part.txt").write_text(corpus[:40_000], encoding="utf-8")
-    succeeded(
-        run(
-            *(sys.executable, ROOT / "train.py", "--task", "text-generation", "--train-file", place / "part.txt"),
-            *("--from-scratch", "gpt2 n_layer=2 n_embd=64 n_head=2 vocab_size=384 n_positions=64"),
-            *("--output-dir", place / "poet", "--max-steps", 25, "--learning-rate", 5e-3, "--eval-strategy", "no"),
-            *("--per-device-train-batch-size", 8, "--save-strategy", "no", "--load-best-model-at-end", "false"),
-            OMP_NUM_THREADS="1",
-        )
+    train_here(
+        *("--task", "text-generation", "--train-file", place / "part.txt"),
+        *("--from-scratch", "gpt2 n_layer=2 n_embd=64 n_head=2 vocab_size=384 n_positions=64"),
+        *("--output-dir", place / "poet", "--max-steps", 25, "--learning-rate", 5e-3, *NO_CHECKPOINTS),
+        *("--per-device-train-batch-size", 8),
     )
     return place / "poet"
 
@@ -614,70 +613,43 @@ def test_the_golden_set_is_greedy_continuations(trained: Path) -> None:
 
 
 def test_a_model_is_bundled_as_it_is_and_fine_tuned(trained: Path, tmp_path: Path) -> None:
-    common = (sys.executable, ROOT / "train.py", "--task", "text-generation", "--base-model", trained)
-    succeeded(run(*common, "--output-dir", tmp_path / "same", OMP_NUM_THREADS="1"))
+    common = ("--task", "text-generation", "--base-model", trained)
+    train_here(*common, "--output-dir", tmp_path / "same")
     before = (trained / "model.safetensors").read_bytes()
     assert (tmp_path / "same" / "model.safetensors").read_bytes() == before
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"The {n} kings."}) + "\n" for n in range(200)))
-    steps = ("--max-steps", 3, "--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false")
     files = ("--train-file", tmp_path / "rows.jsonl", "--output-dir", tmp_path / "tuned")
-    succeeded(run(*common, *files, *steps, "--max-length", 32, OMP_NUM_THREADS="1"))
+    train_here(*common, *files, "--max-steps", 3, *NO_CHECKPOINTS, "--max-length", 32)
     assert (tmp_path / "tuned" / "model.safetensors").read_bytes() != before
     assert Engine(tmp_path / "tuned").settings.max_length == 32
 
 
 def test_windows_are_refused_in_training(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text\n" * 50)
-    done = run(
-        *(sys.executable, ROOT / "train.py", "--task", "text-generation", "--train-file", tmp_path / "a.txt"),
-        *("--from-scratch", "gpt2", "--output-dir", tmp_path / "out", "--overflow", "window"),
-    )
-    assert done.returncode == 1
-    assert "--overflow window" in done.stderr
+    with pytest.raises(UserError, match="--overflow window"):
+        train_here(
+            *("--task", "text-generation", "--train-file", tmp_path / "a.txt"),
+            *("--from-scratch", "gpt2", "--output-dir", tmp_path / "out", "--overflow", "window"),
+        )
+    assert not (tmp_path / "out").exists()
 
 
 # --- a real TorchServe
 
 
 @pytest.fixture(scope="module")
-def poet(trained: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """A server of the trained model, named poet; --backend auto must choose torch."""
-    store = tmp_path_factory.mktemp("store")
-    assert "torch fp32" in succeeded(build(trained, store, "--name", "poet"))
-    return start_server(store)
+def served(trained: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
+    """A server of the trained model; --backend auto must choose torch."""
+    assert "torch fp32" in build_here(trained, shared_store, MODEL, precision="auto")
+    return serve_models(MODEL)
 
 
-MODEL = "poet"
+def rest(served: Served, value: Any, path: str = f"/predictions/{MODEL}", **options: Any) -> requests.Response:
+    return served.post(path, value, **options)
 
 
-@pytest.fixture
-def same_worker(poet: Served) -> Iterator[None]:
-    """The test must leave the worker alive and well."""
-    before = poet.workers()
-    assert len(before) == 1
-    yield
-    assert rest(poet, body(max_new_tokens=2)).status_code == 200
-    assert poet.workers() == before
-
-
-def rest(served: Served, value: Any, path: str | None = None, **options: Any) -> requests.Response:
-    headers = {"Authorization": f"Bearer {served.token}"}
-    url = f"{served.url}{path or f'/predictions/{MODEL}'}"
-    return requests.post(url, json=value, headers=headers, timeout=60, **options)
-
-
-def hub(served: Served, monkeypatch: pytest.MonkeyPatch) -> huggingface_hub.InferenceClient:
-    # The hub's client refuses even local addresses in offline mode.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    return huggingface_hub.InferenceClient(model=f"{served.url}/predictions/{MODEL}", token=served.token)
-
-
-def marble(served: Served) -> marble_client.RestClient:
-    return marble_client.RestClient(served.url, served.management, served.token, served.management_token)
-
-
-def test_inference_client_whole_and_streamed(poet: Served, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = hub(poet, monkeypatch)
+def test_inference_client_whole_and_streamed(inference_client: HubClient, trained: Path) -> None:
+    client = inference_client(MODEL)
     expected = ask(Engine(trained), max_new_tokens=12)["generated_text"]
     assert client.text_generation(PROMPT, max_new_tokens=12) == expected
     assert client.text_generation(PROMPT, max_new_tokens=12, return_full_text=True) == PROMPT + expected
@@ -692,8 +664,10 @@ def test_inference_client_whole_and_streamed(poet: Served, trained: Path, monkey
     assert tokens[-1].details.generated_tokens == 12
 
 
-def test_inference_client_with_every_parameter(poet: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = hub(poet, monkeypatch)
+def test_inference_client_with_every_parameter(
+    inference_client: HubClient,
+) -> None:
+    client = inference_client(MODEL)
     given: dict[str, Any] = {
         "do_sample": True, "temperature": 1.2, "top_k": 40, "top_p": 0.95, "typical_p": 0.95, "seed": 11,
         "repetition_penalty": 1.1, "max_new_tokens": 20, "stop": ["\n\n", "zz"], "return_full_text": False,
@@ -706,8 +680,8 @@ def test_inference_client_with_every_parameter(poet: Served, monkeypatch: pytest
     assert len(first.details.top_tokens) == first.details.generated_tokens
 
 
-def test_a_stream_arrives_while_it_is_generated(poet: Served) -> None:
-    with rest(poet, body(True, max_new_tokens=40), stream=True) as response:
+def test_a_stream_arrives_while_it_is_generated(served: Served) -> None:
+    with rest(served, body(True, max_new_tokens=40), stream=True) as response:
         assert response.status_code == 200
         assert response.headers["content-type"] == "text/event-stream"
         assert response.headers["transfer-encoding"] == "chunked"
@@ -717,9 +691,9 @@ def test_a_stream_arrives_while_it_is_generated(poet: Served) -> None:
     assert len(events(b"".join(chunks))) == 40
 
 
-def test_marble_client_streams(poet: Served, trained: Path) -> None:
+def test_marble_client_streams(served: Served, trained: Path) -> None:
     whole = ask(Engine(trained), max_new_tokens=10, details=True)
-    with marble(poet) as client:
+    with served.rest_client() as client:
         tokens = list(client.stream(MODEL, PROMPT, {"max_new_tokens": 10}))
         assert [token.id for token in tokens] == [token["id"] for token in whole["details"]["tokens"]]
         assert [token.end for token in tokens[:-1]] == [None] * 9
@@ -738,18 +712,17 @@ def test_marble_client_streams(poet: Served, trained: Path) -> None:
         assert several[1]["code"] == 422  # type: ignore[index, call-overload]
 
 
-def test_marble_client_over_grpc(poet: Served, trained: Path) -> None:
-    target = (poet.grpc, poet.grpc_management, poet.token)
-    with marble_client.GrpcClient(*target) as client:
+def test_marble_client_over_grpc(served: Served, trained: Path) -> None:
+    with served.grpc_client() as client:
         found = client.predict(MODEL, PROMPT, {"max_new_tokens": 10}).predictions
     assert isinstance(found, dict)
     assert found == ask(Engine(trained), max_new_tokens=10, details=True)
 
 
-def test_the_command_streams(poet: Served, trained: Path) -> None:
+def test_the_command_streams(served: Served, trained: Path) -> None:
     expected = ask(Engine(trained), max_new_tokens=10)["generated_text"]
     command = (Path(sys.executable).parent / "marble", "predict", MODEL, PROMPT, "-p", "max_new_tokens=10")
-    address = ("--url", poet.url, "--token", poet.token)
+    address = ("--url", served.url, "--token", served.token)
     assert succeeded(run(*command, *address, "--stream")) == expected + "\n"
     lines = succeeded(run(*command, *address, "--stream", "--details")).splitlines()
     assert json.loads(lines[-1])["end"]["generated_text"] == expected
@@ -758,15 +731,15 @@ def test_the_command_streams(poet: Served, trained: Path) -> None:
     assert (refused.returncode, "--stream goes over REST" in refused.stderr) == (2, True)
 
 
-def test_other_formats(poet: Served) -> None:
-    expected = rest(poet, body(max_new_tokens=6)).json()["generated_text"]
+def test_other_formats(served: Served) -> None:
+    expected = rest(served, body(max_new_tokens=6)).json()["generated_text"]
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": [PROMPT]}
     asked = {"max_new_tokens": 6}
-    found = rest(poet, {"inputs": [tensor], "parameters": asked}, f"/v2/models/{MODEL}/infer").json()
+    found = rest(served, {"inputs": [tensor], "parameters": asked}, f"/v2/models/{MODEL}/infer").json()
     assert found["outputs"] == [{"name": "generated_text", "datatype": "BYTES", "shape": [1, 1], "data": [expected]}]
-    told = rest(poet, {"inputs": [tensor], "parameters": {**asked, "details": True}}, f"/v2/models/{MODEL}/infer")
+    told = rest(served, {"inputs": [tensor], "parameters": {**asked, "details": True}}, f"/v2/models/{MODEL}/infer")
     assert json.loads(told.json()["outputs"][0]["data"][0])["generated_text"] == expected
-    kserve = rest(poet, {"instances": [PROMPT, PROMPT], "parameters": asked}, f"/v1/models/{MODEL}:predict").json()
+    kserve = rest(served, {"instances": [PROMPT, PROMPT], "parameters": asked}, f"/v1/models/{MODEL}:predict").json()
     assert kserve == {"predictions": [{"generated_text": expected}] * 2}
 
 
@@ -777,48 +750,48 @@ def grpc_call(served: Served, method: str, value: Any, timeout: float = 30, **op
         request = inference_pb2.PredictionsRequest(
             model_name=MODEL, input={"data": json.dumps(value).encode()}, **options
         )
-        metadata = [("protocol", "gRPC"), ("authorization", f"Bearer {served.token}")]
+        metadata = served.metadata()
         if method == "StreamPredictions2":
             return list(stub.StreamPredictions2(iter([request]), metadata=metadata, timeout=10))
         found = getattr(stub, method)(request, metadata=metadata, timeout=timeout)
         return [json.loads(answer.prediction) for answer in ([found] if method == "Predictions" else found)]
 
 
-@pytest.mark.usefixtures("same_worker")
+@pytest.mark.usefixtures("same_workers")
 @pytest.mark.parametrize("method", ["Predictions", "StreamPredictions"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_grpc_calls_get_one_whole_answer(poet: Served, method: str, stream: bool) -> None:
-    expected = rest(poet, body(max_new_tokens=6)).json()
-    assert grpc_call(poet, method, body(stream, max_new_tokens=6)) == [expected]
-    [error] = grpc_call(poet, method, body(stream, max_new_tokens=0))
+def test_grpc_calls_get_one_whole_answer(served: Served, method: str, stream: bool) -> None:
+    expected = rest(served, body(max_new_tokens=6)).json()
+    assert grpc_call(served, method, body(stream, max_new_tokens=6)) == [expected]
+    [error] = grpc_call(served, method, body(stream, max_new_tokens=0))
     assert error["code"] == 422
 
 
-@pytest.mark.usefixtures("same_worker")
-def test_stream_predictions_2_does_not_wedge_the_worker(poet: Served) -> None:
+@pytest.mark.usefixtures("same_workers")
+def test_stream_predictions_2_does_not_wedge_the_worker(served: Served) -> None:
     # It closes its side at once, as `iter([request])` does: whatever is answered then ends TorchServe's worker thread.
     for _ in range(2):
         with pytest.raises(grpc.RpcError):
-            grpc_call(poet, "StreamPredictions2", body(max_new_tokens=2), sequence_id="one")
+            grpc_call(served, "StreamPredictions2", body(max_new_tokens=2), sequence_id="one")
 
 
-@pytest.mark.usefixtures("same_worker")
-def test_all_kinds_of_calls_at_once(poet: Served, trained: Path) -> None:
+@pytest.mark.usefixtures("same_workers")
+def test_all_kinds_of_calls_at_once(served: Served, trained: Path) -> None:
     """Streams of all lengths, whole answers and gRPC calls: each as it would be alone."""
     alone = Engine(trained)
     lengths = [3, 17, 1, 30, 8, 12]
 
     def whole(length: int) -> str:
-        text: str = rest(poet, body(max_new_tokens=length, seed=length, top_k=20)).json()["generated_text"]
+        text: str = rest(served, body(max_new_tokens=length, seed=length, top_k=20)).json()["generated_text"]
         return text
 
     def streamed(length: int) -> str:
-        response = rest(poet, body(True, max_new_tokens=length, seed=length, top_k=20))
+        response = rest(served, body(True, max_new_tokens=length, seed=length, top_k=20))
         text: str = events(response.content)[-1]["generated_text"]
         return text
 
     def over_grpc(length: int, method: str = "Predictions") -> str:
-        [found] = grpc_call(poet, method, body(True, max_new_tokens=length, seed=length, top_k=20))
+        [found] = grpc_call(served, method, body(True, max_new_tokens=length, seed=length, top_k=20))
         return str(found["generated_text"])
 
     ways = [whole, streamed, over_grpc, lambda length: over_grpc(length, "StreamPredictions"), streamed]
@@ -828,11 +801,11 @@ def test_all_kinds_of_calls_at_once(poet: Served, trained: Path) -> None:
     assert [future.result() for _, future in found] == [expected[length] for length, _ in found]
 
 
-@pytest.mark.usefixtures("same_worker")
-def test_clients_that_hang_up(poet: Served) -> None:
-    parts = urlsplit(poet.url)
+@pytest.mark.usefixtures("same_workers")
+def test_clients_that_hang_up(served: Served) -> None:
+    parts = urlsplit(served.url)
     content = json.dumps(body(True, max_new_tokens=50)).encode()
-    head = f"POST /predictions/{MODEL} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {poet.token}\r\n"
+    head = f"POST /predictions/{MODEL} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {served.token}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     for wait in (0, 1, 300):
         with socket.create_connection((str(parts.hostname), int(parts.port or 80)), timeout=30) as connection:
@@ -841,16 +814,18 @@ def test_clients_that_hang_up(poet: Served) -> None:
                 connection.recv(wait)
             # A reset, which is what a process that is killed leaves behind.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    with marble(poet) as client:
+    with served.rest_client() as client:
         tokens = client.stream(MODEL, PROMPT, {"max_new_tokens": 50})
         next(tokens)
         tokens.close()  # type: ignore[attr-defined]
     with pytest.raises(grpc.RpcError):
-        grpc_call(poet, "StreamPredictions", body(max_new_tokens=50), timeout=0.02)
+        grpc_call(served, "StreamPredictions", body(max_new_tokens=50), timeout=0.02)
 
 
-def test_a_client_of_the_hub_sees_what_is_wrong(poet: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = hub(poet, monkeypatch)
+def test_a_client_of_the_hub_sees_what_is_wrong(
+    inference_client: HubClient,
+) -> None:
+    client = inference_client(MODEL)
     for stream in (False, True):
         with pytest.raises(Exception, match="'top_p' must be at most 1"):
             client.text_generation(PROMPT, top_p=3.0, stream=stream)
@@ -869,15 +844,15 @@ def test_a_client_of_the_hub_understands_an_error_in_a_stream() -> None:
         list(_stream_text_generation_response([line], details=False))
 
 
-@pytest.mark.usefixtures("same_worker")
-def test_naughty_strings(poet: Served, shared: Path) -> None:
+@pytest.mark.usefixtures("same_workers")
+def test_naughty_strings(served: Served, shared: Path) -> None:
     strings = json.loads((shared / "naughty_strings" / "blns.json").read_text(encoding="utf-8"))
     assert len(strings) > 500
     lock = threading.Lock()
     codes: dict[int, int] = {}
 
     def call(number: int) -> None:
-        response = rest(poet, body(number % 2 == 0, inputs=strings[number], max_new_tokens=2, stop=["\n"]))
+        response = rest(served, body(number % 2 == 0, inputs=strings[number], max_new_tokens=2, stop=["\n"]))
         if response.status_code == 200 and number % 2 == 0:
             assert events(response.content)[-1]["generated_text"] is not None
         with lock:

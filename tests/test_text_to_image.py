@@ -5,8 +5,7 @@ import io
 import json
 import shutil
 import string
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import diffusers
 import huggingface_hub
 import numpy as np
 import pytest
-import requests
 import torch
-from conftest import Served, build, succeeded
+from conftest import NO_CHECKPOINTS, HubClient, Served, build_here, train_here
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,7 +22,6 @@ from torch.nn import functional
 from transformers import AutoModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Trainer, TrainerCallback
 
 import marble_client
-import train
 from archiver import __main__ as archiver
 from handler import golden
 from handler.engine import Engine
@@ -41,18 +38,7 @@ from training.tasks.text_to_image import TextToImage
 
 SIZES = "image_size=8 latent_size=4 hidden_size=8"
 TASK = ("--task", "text-to-image")
-QUICKLY = (
-    *("--per-device-train-batch-size", 16, "--eval-strategy", "no", "--save-strategy", "no"),
-    *("--load-best-model-at-end", "false"),
-)
-
-
-def train_here(*arguments: object) -> None:
-    """Runs train.py in this process, which spares it the imports; more threads would only get into each other's way."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        train.main()
+QUICKLY = ("--per-device-train-batch-size", 16, *NO_CHECKPOINTS)
 
 
 @pytest.fixture(scope="module")
@@ -603,91 +589,61 @@ def test_it_runs_on_torch_only(vae: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(
-    vae: Path,
-    class_bundle: Path,
-    start_server: Callable[..., Served],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Served:
-    store = tmp_path_factory.mktemp("store")
-    succeeded(build(vae, store, "--name", "shapes"))
-    succeeded(build(class_bundle, store, "--name", "fish"))
-    return start_server(store)
-
-
-@pytest.fixture
-def same_workers(served: Served) -> Iterator[None]:
-    before = served.workers()
-    yield
-    assert served.workers() == before
-
-
-def post(served: Served, path: str, body: Any) -> requests.Response:
-    return requests.post(
-        f"{served.url}{path}", json=body, headers={"Authorization": f"Bearer {served.token}"}, timeout=60
-    )
+def served(vae: Path, class_bundle: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
+    build_here(vae, shared_store, "shapes", precision="auto")
+    build_here(class_bundle, shared_store, "fish", precision="auto")
+    return serve_models("shapes", "fish")
 
 
 def same_image(found: bytes, expected: bytes) -> bool:
     return bool(np.abs(pixels(found) - pixels(expected)).max() <= 1)
 
 
-def test_the_hubs_client_gets_an_image(
-    served: Served, engine: Engine, class_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The hub's client refuses even local addresses in offline mode.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    def client(model: str) -> huggingface_hub.InferenceClient:
-        return huggingface_hub.InferenceClient(model=f"{served.url}/predictions/{model}", token=served.token)
-
-    image = client("shapes").text_to_image("row", seed=3)
+def test_the_hubs_client_gets_an_image(inference_client: HubClient, engine: Engine, class_engine: Engine) -> None:
+    image = inference_client("shapes").text_to_image("row", seed=3)
     assert isinstance(image, Image.Image)
     assert np.abs(np.asarray(image).astype(int) - pixels(painted(ask(engine, "row", seed=3)))).max() <= 1
-    assert client("shapes").text_to_image("row").size == (8, 8)
+    assert inference_client("shapes").text_to_image("row").size == (8, 8)
     parameters = {"seed": 2, "num_inference_steps": 2, "guidance_scale": 1.0}
-    fish = client("fish").text_to_image("goldfish", **parameters)
+    fish = inference_client("fish").text_to_image("goldfish", **parameters)
     expected = pixels(painted(ask(class_engine, "goldfish", **parameters)))
     assert np.abs(np.asarray(fish).astype(int) - expected).max() <= 1
     for refused in ({"width": 8, "height": 8}, {"scheduler": "ddim"}):
         with pytest.raises(huggingface_hub.errors.HfHubHTTPError) as raised:
-            client("shapes").text_to_image("row", **refused)
+            inference_client("shapes").text_to_image("row", **refused)
         assert raised.value.response.status_code == 422
         assert "seed" in raised.value.response.json()["error"]
 
 
 def test_rest_formats(served: Served, engine: Engine) -> None:
     inputs = {"inputs": "row", "parameters": {"seed": 3}}
-    single = post(served, "/predictions/shapes", inputs)
+    single = served.post("/predictions/shapes", inputs)
     assert single.headers["content-type"] == "image/png"
     details = {"inputs": "row", "parameters": {"seed": 3, "details": True}}
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["row"]}
     encoded = [
-        post(served, "/predictions/shapes", {**inputs, "inputs": ["row"]}).json()[0],
-        post(served, "/predictions/shapes", details).json()["predictions"],
-        post(served, "/v1/models/shapes:predict", {"instances": ["row"], "parameters": {"seed": 3}}).json()[
+        served.post("/predictions/shapes", {**inputs, "inputs": ["row"]}).json()[0],
+        served.post("/predictions/shapes", details).json()["predictions"],
+        served.post("/v1/models/shapes:predict", {"instances": ["row"], "parameters": {"seed": 3}}).json()[
             "predictions"
         ][0],
-        post(served, "/v2/models/shapes/infer", {"inputs": [tensor], "parameters": {"seed": 3}}).json()["outputs"][0][
+        served.post("/v2/models/shapes/infer", {"inputs": [tensor], "parameters": {"seed": 3}}).json()["outputs"][0][
             "data"
         ][0],
     ]
     expected = painted(ask(engine, "row", seed=3))
     for content in (single.content, *map(base64.b64decode, encoded)):
         assert same_image(content, expected)
-    mixed = post(served, "/predictions/shapes", {**inputs, "inputs": ["row", "circle"]}).json()
+    mixed = served.post("/predictions/shapes", {**inputs, "inputs": ["row", "circle"]}).json()
     assert same_image(base64.b64decode(mixed[0]), expected)
     assert mixed[1]["code"] == 422
-    refused = post(served, "/predictions/shapes", {"inputs": "circle"})
+    refused = served.post("/predictions/shapes", {"inputs": "circle"})
     assert (refused.status_code, refused.headers["content-type"]) == (422, "application/json")
 
 
 def test_the_marble_client_over_rest_and_grpc(served: Served, engine: Engine, shared: Path, same_workers: None) -> None:
     expected = painted(ask(engine, "column", seed=2))
-    with (
-        marble_client.RestClient(served.url, served.management, served.token) as rest,
-        marble_client.GrpcClient(served.grpc, served.grpc_management, served.token) as grpc,
-    ):
+    with served.rest_client() as rest, served.grpc_client() as grpc:
         for client in (rest, grpc):
             answer = client.predict("shapes", "column", {"seed": 2})
             assert same_image(base64.b64decode(str(answer.predictions)), expected)
@@ -696,5 +652,5 @@ def test_the_marble_client_over_rest_and_grpc(served: Served, engine: Engine, sh
                 client.predict("shapes", "circle")
     texts: list[str] = json.loads((shared / "naughty_strings" / "blns.json").read_text(encoding="utf-8"))
     for start in range(0, len(texts), 64):
-        refused = post(served, "/predictions/shapes", {"inputs": texts[start : start + 64]})
+        refused = served.post("/predictions/shapes", {"inputs": texts[start : start + 64]})
         assert refused.status_code == 422

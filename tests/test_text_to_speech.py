@@ -5,25 +5,22 @@ import csv
 import io
 import json
 import shutil
-import sys
 import time
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pytest
-import requests
 import torch
 import transformers
-from conftest import REVIEWS, Served, build, succeeded
+from conftest import REVIEWS, HubClient, Served, build_here, train_here
 from safetensors.torch import load_file, save_file
 from transformers import VitsModel, VitsTokenizer
 
 import marble_client
-import train
 from archiver import __main__ as archiver
 from handler import golden
 from handler.engine import Engine
@@ -33,14 +30,6 @@ from handler.tasks import Answer
 from handler.tasks import text_to_speech as task
 from handler.turns import in_turn
 from training.errors import UserError
-
-
-def train_here(*arguments: object) -> None:
-    """Runs train.py in this process, which spares it the imports; more threads would only get into each other's way."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        train.main()
 
 
 @pytest.fixture(scope="module")
@@ -325,17 +314,9 @@ def test_requests_are_answered_in_turn_while_there_is_time() -> None:
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    store = tmp_path_factory.mktemp("store")
-    succeeded(build(bundle, store, "--name", "speech"))
-    return start_server(store)
-
-
-@pytest.fixture
-def same_workers(served: Served) -> Iterator[None]:
-    before = served.workers()
-    yield
-    assert served.workers() == before
+def served(bundle: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
+    build_here(bundle, shared_store, "speech", precision="auto")
+    return serve_models("speech")
 
 
 def same_sound(found: bytes, expected: bytes) -> bool:
@@ -344,10 +325,8 @@ def same_sound(found: bytes, expected: bytes) -> bool:
     return task.TextToSpeech.drift(one, other) < 1e-3
 
 
-def test_the_hubs_client_gets_a_wav(served: Served, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The hub's client refuses even local addresses in offline mode.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    client = huggingface_hub.InferenceClient(model=f"{served.url}/predictions/speech", token=served.token)
+def test_the_hubs_client_gets_a_wav(inference_client: HubClient, engine: Engine) -> None:
+    client = inference_client("speech")
     assert same_sound(client.text_to_speech("Hello there."), spoken(ask(engine, "Hello there.")))
     parameters = {"seed": 4, "speaking_rate": 2.0}
     found = client.text_to_speech("Hello there.", extra_body=parameters)
@@ -359,35 +338,27 @@ def test_the_hubs_client_gets_a_wav(served: Served, engine: Engine, monkeypatch:
 
 
 def test_rest_formats(served: Served, engine: Engine) -> None:
-    def post(path: str, body: Any) -> requests.Response:
-        return requests.post(
-            f"{served.url}{path}", json=body, headers={"Authorization": f"Bearer {served.token}"}, timeout=60
-        )
-
     expected = spoken(ask(engine, "Hello"))
-    single = post("/predictions/speech", {"inputs": "Hello"})
+    single = served.post("/predictions/speech", {"inputs": "Hello"})
     assert single.headers["content-type"] == "audio/wav"
     assert int(single.headers["x-usage-tokens"]) == 11
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["Hello"]}
     encoded = [
-        post("/predictions/speech", {"inputs": ["Hello"]}).json()[0],
-        post("/predictions/speech", {"inputs": "Hello", "parameters": {"details": True}}).json()["predictions"],
-        post("/v1/models/speech:predict", {"instances": ["Hello"]}).json()["predictions"][0],
-        post("/v2/models/speech/infer", {"inputs": [tensor]}).json()["outputs"][0]["data"][0],
+        served.post("/predictions/speech", {"inputs": ["Hello"]}).json()[0],
+        served.post("/predictions/speech", {"inputs": "Hello", "parameters": {"details": True}}).json()["predictions"],
+        served.post("/v1/models/speech:predict", {"instances": ["Hello"]}).json()["predictions"][0],
+        served.post("/v2/models/speech/infer", {"inputs": [tensor]}).json()["outputs"][0]["data"][0],
     ]
     for content in (single.content, *map(base64.b64decode, encoded)):
         assert same_sound(content, expected)
-    refused = post("/predictions/speech", {"inputs": "a" * 1500})
+    refused = served.post("/predictions/speech", {"inputs": "a" * 1500})
     assert (refused.status_code, refused.json()["type"]) == (413, "TooLarge")
     assert refused.headers["content-type"] == "application/json"
 
 
 def test_the_marble_client_over_rest_and_grpc(served: Served, engine: Engine, shared: Path, same_workers: None) -> None:
     expected = spoken(ask(engine, "Hello", seed=2))
-    with (
-        marble_client.RestClient(served.url, served.management, served.token) as rest,
-        marble_client.GrpcClient(served.grpc, served.grpc_management, served.token) as grpc,
-    ):
+    with served.rest_client() as rest, served.grpc_client() as grpc:
         for client in (rest, grpc):
             answer = client.predict("speech", "Hello", {"seed": 2})
             assert same_sound(base64.b64decode(str(answer.predictions)), expected)
@@ -397,10 +368,5 @@ def test_the_marble_client_over_rest_and_grpc(served: Served, engine: Engine, sh
             assert client.canary("speech") < 1e-3
         texts: list[str] = json.loads((shared / "naughty_strings" / "blns.json").read_text(encoding="utf-8"))
         for text in texts[::8]:
-            answer = requests.post(
-                f"{served.url}/predictions/speech",
-                json={"inputs": text},
-                headers={"Authorization": f"Bearer {served.token}"},
-                timeout=60,
-            )
+            answer = served.post("/predictions/speech", {"inputs": text})
             assert answer.status_code in (200, 413, 422), answer.text

@@ -2,22 +2,18 @@
 
 import json
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import requests
 import transformers
 from backends import Replayed
-from conftest import Served, build, succeeded
+from conftest import CPUS, NO_CHECKPOINTS, HubClient, Served, build_here, train_here
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
-from huggingface_hub import InferenceClient
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
-import marble_client
 import train
 from archiver import source
 from archiver.convert import Converter
@@ -453,13 +449,18 @@ def toy_row(source_: random.Random) -> dict[str, Any]:
     return {"tokens": tokens, "ner_tags": tags}
 
 
-def trained(place: Path, *arguments: object) -> Path:
-    """Runs train.py in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--task", "token-classification", *map(str, arguments)])
-        sys.argv += ["--output-dir", str(place), "--eval-strategy", "no", "--save-strategy", "no"]
-        sys.argv += ["--load-best-model-at-end", "false", "--bf16", "false"]
-        train.main()
+def trained(place: Path, *arguments: object, threads: int = 1) -> Path:
+    train_here(
+        "--task",
+        "token-classification",
+        "--output-dir",
+        place,
+        "--bf16",
+        "false",
+        *NO_CHECKPOINTS,
+        *arguments,
+        threads=threads,
+    )
     return place
 
 
@@ -563,49 +564,29 @@ def wnut(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MiniLM after a few steps on real sentences."""
     folder = tmp_path_factory.mktemp("wnut")
     data = shared / "wnut17"
-    path = data_file(folder, *[r for r in lines(data / "train.jsonl") if any(t != "O" for t in r["ner_tags"])][:240])
+    path = data_file(folder, *[r for r in lines(data / "train.jsonl") if any(t != "O" for t in r["ner_tags"])][:40])
     (folder / "validation").mkdir()
-    validation = data_file(folder / "validation", *lines(data / "dev.jsonl")[:60])
+    validation = data_file(folder / "validation", *lines(data / "dev.jsonl")[:20])
     return trained(
         folder / "bundle",
-        *("--train-file", path, "--validation-file", validation, "--max-steps", 12, "--learning-rate", 5e-4),
-        *("--per-device-train-batch-size", 16, "--warmup-steps", 2),
+        *("--train-file", path, "--validation-file", validation, "--max-steps", 4, "--learning-rate", 5e-4),
+        *("--per-device-train-batch-size", 8, "--warmup-steps", 1),
+        threads=CPUS,
     )
 
 
 @pytest.fixture(scope="module")
-def served(
-    wnut: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory, start_server: Callable[..., Served]
-) -> Served:
+def served(wnut: Path, toy: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
     """A TorchServe with `ner` (BERT, openvino) and `ner-toy` (RoBERTa, torch)."""
-    store = tmp_path_factory.mktemp("store")
-    succeeded(build(wnut, store, "--name", "ner", "--backend", "openvino", "--precision", "fp32"))
-    succeeded(build(toy, store, "--name", "ner-toy", "--backend", "torch", "--precision", "fp32"))
-    return start_server(store)
+    build_here(wnut, shared_store, "ner", "openvino")
+    build_here(toy, shared_store, "ner-toy", "torch")
+    return serve_models("ner", "ner-toy")
 
 
-@pytest.fixture
-def same_workers(served: Served) -> Iterator[None]:
-    before = served.workers()
-    yield
-    assert served.workers() == before
-
-
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    """InferenceClient asks no server, not even this one, where the hub is switched off."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-
-def inference_client(served: Served, model: str) -> InferenceClient:
-    return InferenceClient(model=f"{served.url}/predictions/{model}", token=served.token)
-
-
-@pytest.mark.usefixtures("online")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_inference_client(served: Served, strategy: Any) -> None:
+def test_inference_client(inference_client: HubClient, strategy: Any) -> None:
     text = "the river and then Zorblax Quimby walked slowly near Port Ozma"
-    found = inference_client(served, "ner-toy").token_classification(text, aggregation_strategy=strategy)
+    found = inference_client("ner-toy").token_classification(text, aggregation_strategy=strategy)
     names = [text[entry.start : entry.end] for entry in found]
     if strategy == "none":
         assert {entry.entity for entry in found} == {"B-person", "I-person", "B-location", "I-location"}
@@ -615,10 +596,11 @@ def test_inference_client(served: Served, strategy: Any) -> None:
     assert all(0.5 < entry.score <= 1 for entry in found)
 
 
-@pytest.mark.usefixtures("online")
-def test_inference_client_equals_the_pipeline_of_the_bundle(served: Served, wnut: Path, sentences: list[str]) -> None:
+def test_inference_client_equals_the_pipeline_of_the_bundle(
+    inference_client: HubClient, wnut: Path, sentences: list[str]
+) -> None:
     reference = pipeline("token-classification", model=str(wnut))
-    client = inference_client(served, "ner")
+    client = inference_client("ner")
     for text in sentences[100:120]:
         found = client.token_classification(text, ignore_labels=[], aggregation_strategy="simple")
         expected = reference(text, ignore_labels=[], aggregation_strategy="simple")
@@ -629,9 +611,7 @@ def test_inference_client_equals_the_pipeline_of_the_bundle(served: Served, wnut
 def test_marble_clients_agree_over_rest_and_grpc(served: Served) -> None:
     texts = ["then Marnok walked near Grelland", "some rain fell", "Tilda Vex"]
     parameters = {"aggregation_strategy": "first"}
-    rest = marble_client.RestClient(served.url, token=served.token)
-    grpc = marble_client.GrpcClient(served.grpc, token=served.token)
-    with rest, grpc:
+    with served.rest_client() as rest, served.grpc_client() as grpc:
         [one, other] = [client.predict("ner-toy", texts, parameters).predictions for client in (rest, grpc)]
         single = rest.predict("ner-toy", texts[0], parameters).predictions
     assert one == other
@@ -641,7 +621,7 @@ def test_marble_clients_agree_over_rest_and_grpc(served: Served) -> None:
 
 def test_naughty_strings_end_no_worker(served: Served, naughty: list[str], same_workers: None) -> None:
     for model in ("ner", "ner-toy"):
-        with marble_client.RestClient(served.url, token=served.token) as client:
+        with served.rest_client() as client:
             answer = client.predict(model, naughty, {"aggregation_strategy": "average", "ignore_labels": []})
         assert len(answer.predictions) == len(naughty)
         for text, entities_ in zip(naughty, answer.predictions, strict=True):
@@ -659,10 +639,5 @@ def test_naughty_strings_end_no_worker(served: Served, naughty: list[str], same_
     ],
 )
 def test_errors_reach_the_client(served: Served, body: bytes, code: int, same_workers: None) -> None:
-    answer = requests.post(
-        f"{served.url}/predictions/ner",
-        data=body,
-        headers={"Authorization": f"Bearer {served.token}", "Content-Type": "application/json"},
-        timeout=60,
-    )
+    answer = served.post("/predictions/ner", body, "application/json")
     assert (answer.status_code, answer.json()["code"]) == (code, code)

@@ -1,7 +1,9 @@
 """train.py through its front door: what it refuses, what its bundle holds, and how runs end, repeat and resume."""
 
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,7 +22,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import OFFLINE, REVIEWS, ROOT, run, succeeded
+from conftest import NO_CHECKPOINTS, OFFLINE, REVIEWS, ROOT, run, succeeded, train_here
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
@@ -33,9 +35,9 @@ from training.errors import UserError
 TRAIN = (sys.executable, ROOT / "train.py")
 # A few steps on short texts.
 TINY = ("--max-length", 16, "--per-device-train-batch-size", 4, "--max-steps", 4)
-NO_CHECKPOINTS = ("--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false")
 BUNDLE = {
-    *("README.md", "config.json", "golden.jsonl", "metrics.json", "model-config.yaml", "model.safetensors"),
+    *("README.md", "calibration.jsonl", "config.json", "golden.jsonl", "metrics.json"),
+    *("model-config.yaml", "model.safetensors"),
     *("provenance.json", "report.html", "tokenizer.json", "tokenizer_config.json", "validation.jsonl"),
 }
 
@@ -398,9 +400,10 @@ def test_the_report_stands_alone(bundle: Path) -> None:
 
 
 def train(data: Path, place: Path, base: Path, *options: object) -> str:
-    """A tiny run; its standard output."""
-    files = ("--train-file", data, "--output-dir", place, "--base-model", base)
-    return succeeded(run(*TRAIN, *files, *TINY, *options))
+    """A tiny run in this process; its standard output."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train_here("--train-file", data, "--output-dir", place, "--base-model", base, *TINY, *options)
+    return printed.getvalue()
 
 
 def outcome(place: Path) -> tuple[Any, str]:
@@ -413,7 +416,8 @@ def test_the_same_seed_gives_the_same_model_and_another_one_does_not(
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     train(small, one, tiny_base, *NO_CHECKPOINTS)
-    train(small, two, tiny_base, *NO_CHECKPOINTS)
+    files = ("--train-file", small, "--output-dir", two, "--base-model", tiny_base)
+    succeeded(run(*TRAIN, *files, *TINY, *NO_CHECKPOINTS, OMP_NUM_THREADS="1"))  # in a process of its own
     assert outcome(one) == outcome(two)
     train(small, two, tiny_base, *NO_CHECKPOINTS, "--seed", 7, "--overwrite")
     assert outcome(one)[1] != outcome(two)[1]

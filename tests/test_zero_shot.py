@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import requests
 import transformers
-from conftest import ROOT, Served
+from conftest import ROOT, HubClient, Served
 from text_models import (
     MAX_LENGTH,
     VERDICTS,
@@ -252,14 +251,13 @@ def test_data_for_something_else(columns: tuple[str, ...], labels: list[Any], wo
 
 
 @pytest.fixture(scope="module")
-def judges(model: Path, start_server: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    store = tmp_path_factory.mktemp("judges")
-    archive(model, store)
-    return start_server(store)
+def served(model: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
+    archive(model, shared_store)
+    return serve_models("judge")
 
 
-def test_inference_client(judges: Served, engine: Engine, texts: list[str]) -> None:
-    client = huggingface_hub.InferenceClient(model=f"{judges.url}/predictions/judge", token=judges.token)
+def test_inference_client(inference_client: HubClient, engine: Engine, texts: list[str]) -> None:
+    client = inference_client("judge")
     for multi_label in (False, True):
         found = client.zero_shot_classification(texts[0], LABELS, multi_label=multi_label)
         [expected] = answers(engine, texts[:1], candidate_labels=LABELS, multi_label=multi_label)
@@ -268,12 +266,9 @@ def test_inference_client(judges: Served, engine: Engine, texts: list[str]) -> N
     assert len(client.zero_shot_classification(texts[0], LABELS, hypothesis_template="It is {}.")) == 4
 
 
-def test_marble_clients(judges: Served, engine: Engine, texts: list[str]) -> None:
+def test_marble_clients(served: Served, engine: Engine, texts: list[str]) -> None:
     [expected] = answers(engine, texts[:1], candidate_labels=LABELS)
-    with (
-        marble_client.RestClient(judges.url, judges.management, judges.token) as rest,
-        marble_client.GrpcClient(judges.grpc, judges.grpc_management, judges.token) as grpc,
-    ):
+    with served.rest_client() as rest, served.grpc_client() as grpc:
         for client in (rest, grpc):
             found = client.predict("judge", texts[0], {"candidate_labels": LABELS}).predictions
             assert engine.task.drift(expected, found) < 1e-4
@@ -281,12 +276,11 @@ def test_marble_clients(judges: Served, engine: Engine, texts: list[str]) -> Non
                 client.predict("judge", texts[0])
 
 
-def test_naughty_strings_end_no_worker(judges: Served, shared: Path) -> None:
-    strings, workers = naughty_strings(shared), judges.workers()
-    url, headers = f"{judges.url}/predictions/judge", {"Authorization": f"Bearer {judges.token}"}
+def test_naughty_strings_end_no_worker(served: Served, shared: Path, same_workers: None) -> None:
+    strings = naughty_strings(shared)
 
     def ask(inputs: Any, **parameters: Any) -> requests.Response:
-        return requests.post(url, json={"inputs": inputs, "parameters": parameters}, headers=headers, timeout=60)
+        return served.post("/predictions/judge", {"inputs": inputs, "parameters": parameters})
 
     answer = ask(strings, candidate_labels=["a", "b"])
     assert answer.status_code == 200
@@ -298,4 +292,3 @@ def test_naughty_strings_end_no_worker(judges: Served, shared: Path) -> None:
     for string in strings[::20]:
         assert ask("a text", candidate_labels=LABELS, hypothesis_template=f"{string} {{}}").status_code in (200, 413)
         assert ask("a text", candidate_labels=LABELS, multi_label=string).status_code == 422
-    assert judges.workers() == workers

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 import yaml
-from conftest import build, succeeded
+from conftest import build_here
 
 from archiver import source
 from archiver.convert import Converter
@@ -122,7 +122,7 @@ def drift(engine: Engine, inputs: Sequence[Any], expected: Sequence[Any], **para
 
 def archive(folder: Path, store: Path) -> None:
     """Builds `folder` into a store, as OpenVINO in fp32."""
-    succeeded(build(folder, store, "--name", folder.name, "--backend", "openvino", "--precision", "fp32"))
+    build_here(folder, store, folder.name, "openvino")
 
 
 def _texts(value: Any) -> list[str]:

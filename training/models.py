@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from training import scratch
 from training.base_model import BaseModel
 from training.errors import UserError
+from training.options import Options
 
 
 def load(
@@ -79,6 +80,17 @@ def attention() -> dict[str, Any]:
     if torch.cuda.is_available():
         return {}
     return {"attn_implementation": "eager", "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0}
+
+
+def text_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options, usual: int, overflow: str
+) -> dict[str, Any]:
+    """The entries of model-config.yaml that every task on texts has: length, overlap of windows, overflow policy.
+
+    usual: see `longest_input`. overflow: the policy where none is asked for. Raises UserError as `longest_input` does.
+    """
+    length = longest_input(model, tokenizer, options.max_length, usual)
+    return {"max_length": length, "stride": length // 8, "overflow": options.overflow or overflow}
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None, usual: int) -> int:

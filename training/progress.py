@@ -1,40 +1,16 @@
 """Progress of a training run: a bar in a terminal, a line now and then elsewhere."""
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from training.interrupts import end_if_interrupted
+
 _SECONDS_BETWEEN_LINES = 10.0
 _NOT_SCORES = ("eval_loss", "eval_runtime")
-_interrupted = False
-
-
-@contextmanager
-def interrupted_between_steps() -> Iterator[None]:
-    """Ctrl-C ends the training in this block after the step it falls into; a second one ends it at once.
-
-    Raised wherever it falls, Python drops it if that is a destructor, and the training goes on.
-    """
-
-    def interrupt(number: int, frame: object) -> None:
-        global _interrupted
-        if _interrupted:
-            raise KeyboardInterrupt
-        _interrupted = True
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if _interrupted:
-        raise KeyboardInterrupt
 
 
 class Progress(TrainerCallback):
@@ -51,8 +27,7 @@ class Progress(TrainerCallback):
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if _interrupted:
-            raise KeyboardInterrupt
+        end_if_interrupted()
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
         elif state.is_world_process_zero and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -62,8 +37,7 @@ class Progress(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if _interrupted:
-            raise KeyboardInterrupt
+        end_if_interrupted()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any

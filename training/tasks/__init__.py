@@ -60,6 +60,8 @@ class Splits:
 class TrainingTask(ABC):
     """One task, from files to a trained model and its scores.
 
+    A task that only bundles models as they are leaves out what follows `settings`, but for `golden`.
+
     metrics: what an epoch can be judged by besides "loss"; the first is the default, "loss" if there are none.
     primary: the key of `score`'s result that stands for the whole, higher is better, from 0 to 1.
     trains: whether its models can be trained; if not, a model from scratch keeps its random weights.
@@ -91,7 +93,6 @@ class TrainingTask(ABC):
         Raises UserError for options that the model cannot meet.
         """
 
-    @abstractmethod
     def trainer(
         self,
         model: Any,
@@ -101,7 +102,8 @@ class TrainingTask(ABC):
         arguments: TrainerOptions,
         settings: Mapping[str, Any],
     ) -> Trainer:
-        """A Hugging Face Trainer over the splits: see training/trainer.py."""
+        """A Hugging Face Trainer over the splits: see training/trainer.py. Raises UserError if there is none."""
+        raise UserError(f"--task {options.task} bundles a model as it is; leave --train-file out")
 
     def learned(
         self, trainer: Trainer, splits: Splits, options: Options, settings: Mapping[str, Any]
@@ -109,9 +111,9 @@ class TrainingTask(ABC):
         """Entries of the `handler:` section that come from the trained model, e.g. thresholds."""
         return {}
 
-    @abstractmethod
     def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
         """Rows as what a client would send: `inputs`, perhaps `parameters`, and the `target` that `score` compares."""
+        return []
 
     def golden(self, examples: Sequence[Mapping[str, Any]], max_length: int, seed: int) -> list[dict[str, Any]]:
         """Requests for the golden set, each `inputs` and perhaps `parameters`. Those that are refused are left out."""
@@ -119,9 +121,9 @@ class TrainingTask(ABC):
             {key: value for key, value in example.items() if key != "target"} for example in examples[:_GOLDEN_EXAMPLES]
         ]
 
-    @abstractmethod
     def score(self, predictions: Sequence[Any], targets: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
         """Metrics of the served model's predictions; `rows` and `primary` are among them."""
+        return {"rows": len(predictions)}
 
 
 def load(name: str) -> TrainingTask:

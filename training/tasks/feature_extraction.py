@@ -5,15 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset
 from huggingface_hub import snapshot_download
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from handler.tasks.feature_extraction import SentenceSettings, settings_files
 from training import models
 from training.base_model import BaseModel
 from training.errors import UserError
-from training.options import Options, TrainerOptions
+from training.options import Options
 from training.tasks import Splits, TrainingTask
 
 _PURPOSE = "a model of embeddings"
@@ -71,32 +70,11 @@ class FeatureExtraction(TrainingTask):
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """The length that the model's settings name, and the overflow policy."""
         own = processor.settings.max_length if processor.settings else None
-        length = models.longest_input(model, processor.tokenizer, options.max_length, own or _USUAL_MAX_LENGTH)
-        return {"max_length": length, "stride": length // 8, "overflow": options.overflow or "truncate"}
-
-    def trainer(
-        self,
-        model: Any,
-        processor: Any,
-        splits: Splits,
-        options: Options,
-        arguments: TrainerOptions,
-        settings: Mapping[str, Any],
-    ) -> Trainer:
-        """Never called: there are no splits to train on."""
-        raise NotImplementedError
-
-    def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
-        """Never called: there are no splits to measure on."""
-        raise NotImplementedError
+        return models.text_settings(model, processor.tokenizer, options, own or _USUAL_MAX_LENGTH, "truncate")
 
     def golden(self, examples: Sequence[Mapping[str, Any]], max_length: int, seed: int) -> list[dict[str, Any]]:
         """Plain texts and odd ones."""
         return [{"inputs": text} for text in _GOLDEN]
-
-    def score(self, predictions: Sequence[Any], targets: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
-        """Never called: there are no splits to measure on."""
-        raise NotImplementedError
 
 
 def check_untrained(options: Options, base: BaseModel) -> None:

@@ -67,12 +67,9 @@ class FillMask(TrainingTask):
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """Length, overflow policy, and a token budget that keeps the scores of a batch small."""
-        length = models.longest_input(model, processor, options.max_length, _USUAL_MAX_LENGTH)
         budget = min(_USUAL_TOKEN_BUDGET, _MOST_LOGITS // model.config.vocab_size)
         return {
-            "max_length": length,
-            "stride": length // 8,
-            "overflow": options.overflow or "truncate",
+            **models.text_settings(model, processor, options, _USUAL_MAX_LENGTH, "truncate"),
             "token_budget": budget,
         }
 

@@ -78,8 +78,7 @@ class TextClassification(TrainingTask):
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """Length and overflow policy."""
-        length = models.longest_input(model, processor, options.max_length, _USUAL_MAX_LENGTH)
-        return {"max_length": length, "stride": length // 8, "overflow": options.overflow or "truncate"}
+        return models.text_settings(model, processor, options, _USUAL_MAX_LENGTH, "truncate")
 
     def trainer(
         self,

@@ -66,9 +66,9 @@ class TextGeneration(TrainingTask):
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """Length and overflow policy: the served model takes all positions that it has."""
-        length = models.longest_input(model, processor, options.max_length, processor.model_max_length)
-        self._piece = max(1, int(_FILLED * length * self._token))
-        return {"max_length": length, "stride": length // 8, "overflow": options.overflow or "truncate"}
+        settings = models.text_settings(model, processor, options, processor.model_max_length, "truncate")
+        self._piece = max(1, int(_FILLED * settings["max_length"] * self._token))
+        return settings
 
     def trainer(
         self,

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset
-from transformers import Trainer, VitsConfig, VitsModel, VitsTokenizer
+from transformers import VitsConfig, VitsModel, VitsTokenizer
 
 from handler.tasks.text_to_speech import load_tokenizer
 from training import models
 from training.base_model import BaseModel
 from training.errors import UserError
-from training.options import Options, TrainerOptions
+from training.options import Options
 from training.tasks import Splits, TrainingTask
 
 _PURPOSE = "a text-to-speech model"
@@ -85,22 +84,6 @@ class TextToSpeech(TrainingTask):
             "max_seconds": _MAX_SECONDS,
         }
 
-    def trainer(
-        self,
-        model: Any,
-        processor: Any,
-        splits: Splits,
-        options: Options,
-        arguments: TrainerOptions,
-        settings: Mapping[str, Any],
-    ) -> Trainer:
-        """Raises UserError: `read` gives nothing to train on."""
-        raise UserError("--task text-to-speech: transformers cannot train VITS models")
-
-    def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
-        """None: there are no rows."""
-        return []
-
     def golden(self, examples: Sequence[Mapping[str, Any]], max_length: int, seed: int) -> list[dict[str, Any]]:
         """English sentences, one of them with parameters, and characters of the model's own language."""
         own = self._characters[:_SHOWN_CHARACTERS].strip()
@@ -109,10 +92,6 @@ class TextToSpeech(TrainingTask):
             {"inputs": _SENTENCES[0], "parameters": {"seed": seed, "speaking_rate": 1.5}},
             *([{"inputs": own}] if own else []),
         ]
-
-    def score(self, predictions: Sequence[Any], targets: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
-        """How many there are: nothing is known of what they should sound like."""
-        return {"rows": len(predictions)}
 
 
 def _tokenizer_from_scratch() -> VitsTokenizer:

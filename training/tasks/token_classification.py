@@ -99,8 +99,7 @@ class TokenClassification(TrainingTask):
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """Length, overlap of windows, and windows as the overflow policy."""
-        length = models.longest_input(model, processor, options.max_length, _USUAL_MAX_LENGTH)
-        return {"max_length": length, "stride": length // 8, "overflow": options.overflow or "window"}
+        return models.text_settings(model, processor, options, _USUAL_MAX_LENGTH, "window")
 
     def trainer(
         self,
