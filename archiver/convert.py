@@ -146,8 +146,12 @@ class Converter:
 
     @staticmethod
     def _save(model: "openvino.Model", stage: Path, *, half: bool) -> None:
+        """Saves under names that depend on the model alone: OpenVINO numbers them in the order a process makes them."""
         import openvino
 
         from handler.backends.openvino import MODEL_FILE
 
+        model.set_friendly_name("model")
+        for number, operation in enumerate(model.get_ordered_ops()):
+            operation.set_friendly_name(f"{operation.get_type_name()}_{number}")
         openvino.save_model(model, stage / MODEL_FILE, compress_to_fp16=half)

@@ -18,8 +18,8 @@ GOLDEN_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02, "int8": 0.35}
 class Verdict:
     """What the gate found. value and reference: the archive's and torch fp32's metric on the validation set.
 
-    Both are None for a bundle without a validation set: the golden set alone decides then. lost: whether the metric is
-    what failed.
+    A bundle without a validation set has neither: the golden set alone decides then. lost: whether the metric fell by
+    more than is allowed.
     """
 
     metric: str
@@ -37,7 +37,7 @@ class Verdict:
     def __str__(self) -> str:
         golden_set = f"largest golden drift {self.drift:.2g}" if self.drift is not None else "golden set not kept"
         if self.value is None:
-            return f"no validation set, {golden_set}"
+            return f"{'no validation set' if self.reference is None else 'validation set not answered'}, {golden_set}"
         return f"validation {self.metric} {self.value:.4f} (torch fp32 {self.reference:.4f}), {golden_set}"
 
 
@@ -46,22 +46,24 @@ def check(bundle: Bundle, engine: Engine, max_drop: float) -> Verdict:
 
     engine: the archive's. max_drop: allowed loss of the task's metric, see `allowed_drop`.
     """
-    metric, value, drift = bundle.metric.replace("_", "-"), None, None
+    metric, value, drift, reason = bundle.metric.replace("_", "-"), None, None, None
     try:
         drift = golden.replay(engine, bundle.path / golden.FILE_NAME)
         if engine.settings.precision == "int8":
             _check_answers(bundle, engine)
-        if bundle.validation:
-            task = tasks.load(bundle.settings.task)
-            value = float(evaluation.measure(engine, task, bundle.validation, bundle.labels)[bundle.metric])
     except (golden.GoldenMismatch, RequestError) as error:
-        return Verdict(metric, value, bundle.reference, drift, str(error))
-    lost = bundle.reference - value if value is not None and bundle.reference is not None else 0.0
-    if not lost <= allowed_drop(bundle, max_drop):
-        assert value is not None
+        reason = str(error)
+    if not bundle.validation or bundle.reference is None:
+        return Verdict(metric, None, bundle.reference, drift, reason)
+    try:
+        task = tasks.load(bundle.settings.task)
+        value = float(evaluation.measure(engine, task, bundle.validation, bundle.labels)[bundle.metric])
+    except RequestError as error:
+        return Verdict(metric, None, bundle.reference, drift, reason or str(error))
+    lost = not bundle.reference - value <= allowed_drop(bundle, max_drop)
+    if lost and reason is None:
         reason = f"validation {metric} falls from {bundle.reference:.4f} to {value:.4f}, more than {max_drop:g} points"
-        return Verdict(metric, value, bundle.reference, drift, reason, lost=True)
-    return Verdict(metric, value, bundle.reference, drift, None)
+    return Verdict(metric, value, bundle.reference, drift, reason, lost)
 
 
 def allowed_drop(bundle: Bundle, max_drop: float) -> float:

@@ -158,7 +158,10 @@ class Optimiser:
         self._check()
         stage = self._stage(candidate)
         stage.mkdir()
-        print(f"{candidate}: converting and checking …", flush=True)
+        inputs = (
+            f" (calibrated on {self._converter.calibration_inputs} inputs)" if candidate.precision == "int8" else ""
+        )
+        print(f"{candidate}: converting{inputs} and checking …", flush=True)
         try:
             self._converter.write(candidate.backend, candidate.precision, stage)
             self._write_config(candidate, {})

@@ -8,6 +8,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -131,6 +133,59 @@ def store(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_here(bundle, folder, "reviews-fp32", "openvino")
     build_here(bundle, folder, "reviews-torch", "torch")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a very small model that knows two classes well: it is built in a second."""
+    from test_train import save_tiny_base, write_csv
+
+    folder = tmp_path_factory.mktemp("tiny")
+    data = write_csv(folder / "data.csv", ("negative", "positive"))
+    files = ("--train-file", data, "--output-dir", folder / "small", "--base-model", save_tiny_base(folder / "base"))
+    sizes = ("--max-length", 32, "--max-steps", 60, "--learning-rate", 0.005, "--validation-share", 0.3)
+    train_here(*files, *sizes, *NO_CHECKPOINTS)
+    assert json.loads((folder / "small" / "metrics.json").read_text())["splits"]["validation"]["accuracy"] == 1
+    return folder / "small"
+
+
+@pytest.fixture
+def small(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_bundle` to spoil; replace its files, do not write into them: they are links."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "small", copy_function=os.link))
+
+
+class Exit(Exception):
+    """A build that was refused; the message."""
+
+
+Build = Callable[..., str]
+
+
+@pytest.fixture
+def build_main(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Runs the program behind build_mar.sh as `__main__` in this process, which spares each case the imports.
+
+    Without options it builds for torch in fp32. Returns what it printed, errors last. Raises Exit for `sys.exit(…)`,
+    which prints a message and exits with 1; test_the_exit_code_and_the_message_of_a_process proves it once.
+    """
+
+    def call(bundle: Path, *options: object, store: Path = tmp_path / "store") -> str:
+        given = options or ("--backend", "torch", "--precision", "fp32")
+        monkeypatch.setattr(sys, "argv", ["build_mar.sh", *map(str, ("--bundle", bundle, "--store", store, *given))])
+        monkeypatch.delitem(sys.modules, "archiver.__main__", raising=False)  # which test_…_one_build_at_a_time imports
+        message: Any = None
+        try:
+            runpy.run_module("archiver", run_name="__main__")
+        except SystemExit as ended:
+            message = ended.code
+        printed = capfd.readouterr()
+        if message is not None:
+            assert re.fullmatch(r"build_mar\.sh: [^\n]+", message)
+            raise Exit(f"{message}\n{printed.err}")
+        return printed.out + printed.err
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,17 @@ import hashlib
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import NO_CHECKPOINTS, OFFLINE, ROOT, build, run, succeeded, train_here
-from test_train import save_tiny_base, write_csv
+from conftest import OFFLINE, ROOT, Build, Exit, build, run, succeeded
 
 from archiver.__main__ import locked
 
@@ -44,57 +40,6 @@ def settings(archive: Path) -> dict[str, Any]:
     with zipfile.ZipFile(archive) as file:
         section: dict[str, Any] = yaml.safe_load(file.read("model-config.yaml"))["handler"]
     return section
-
-
-@pytest.fixture(scope="module")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of a very small model that knows two classes well: it is built in a second."""
-    folder = tmp_path_factory.mktemp("tiny")
-    data = write_csv(folder / "data.csv", ("negative", "positive"))
-    files = ("--train-file", data, "--output-dir", folder / "small", "--base-model", save_tiny_base(folder / "base"))
-    sizes = ("--max-length", 32, "--max-steps", 60, "--learning-rate", 0.005, "--validation-share", 0.3)
-    train_here(*files, *sizes, *NO_CHECKPOINTS)
-    assert json.loads((folder / "small" / "metrics.json").read_text())["splits"]["validation"]["accuracy"] == 1
-    return folder / "small"
-
-
-@pytest.fixture
-def small(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of `tiny_bundle` to spoil; replace its files, do not write into them: they are links."""
-    return Path(shutil.copytree(tiny_bundle, tmp_path / "small", copy_function=os.link))
-
-
-class Exit(Exception):
-    """A build that was refused; the message."""
-
-
-Build = Callable[..., str]
-
-
-@pytest.fixture
-def build_here(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Build:
-    """Runs the program behind build_mar.sh as `__main__` in this process, which spares each case the imports.
-
-    Returns what it printed, errors last. Raises Exit for `sys.exit(message)`, which prints it and exits with 1;
-    test_the_exit_code_and_the_message_of_a_process proves it once.
-    """
-
-    def call(bundle: Path, *options: object, store: Path = tmp_path / "store") -> str:
-        argv = ["build_mar.sh", "--bundle", bundle, "--store", store, *(options or TORCH)]
-        monkeypatch.setattr(sys, "argv", [str(part) for part in argv])
-        monkeypatch.delitem(sys.modules, "archiver.__main__", raising=False)  # which test_…_one_build_at_a_time imports
-        message: Any = None
-        try:
-            runpy.run_module("archiver", run_name="__main__")
-        except SystemExit as ended:
-            message = ended.code
-        printed = capfd.readouterr()
-        if message is not None:
-            assert re.fullmatch(r"build_mar\.sh: [^\n]+", message)
-            raise Exit(f"{message}\n{printed.err}")
-        return printed.out + printed.err
-
-    return call
 
 
 # --- The same bytes anywhere -----------------------------------------------------------------------------------------
@@ -134,26 +79,26 @@ def test_another_build_elsewhere_gives_the_same_bytes(bundle: Path, store: Path,
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [name, f"{name}.sha256"]
 
 
-def test_openvino_bf16_is_built_the_same_twice(bundle: Path, store: Path, tmp_path: Path, build_here: Build) -> None:
+def test_openvino_bf16_is_built_the_same_twice(bundle: Path, store: Path, tmp_path: Path, build_main: Build) -> None:
     """Where `auto` does not choose bf16, the test above has not built it."""
     if settings(store / "reviews.mar")["precision"] == "bf16":
         return
     for folder in ("one", "two"):
-        build_here(bundle, "--backend", "openvino", "--precision", "bf16", store=tmp_path / folder)
+        build_main(bundle, "--backend", "openvino", "--precision", "bf16", store=tmp_path / folder)
     assert digest(tmp_path / "one" / "reviews.mar") == digest(tmp_path / "two" / "reviews.mar")
 
 
-def test_source_date_epoch(small: Path, tmp_path: Path, build_here: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_date_epoch(small: Path, tmp_path: Path, build_main: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000001")
-    build_here(small)
+    build_main(small)
     with zipfile.ZipFile(tmp_path / "store" / "small.mar") as file:
         assert {entry.date_time for entry in file.infolist()} == {(2023, 11, 14, 22, 13, 20)}
         assert json.loads(file.read("MAR-INF/MANIFEST.json"))["createdOn"] == "14/11/2023 22:13:21"
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     with pytest.raises(Exit, match="SOURCE_DATE_EPOCH=yesterday"):
-        build_here(small, *TORCH, "--version", "2")
+        build_main(small, *TORCH, "--version", "2")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "99999999999")  # beyond what a zip can say
-    build_here(small, *TORCH, "--version", "3")
+    build_main(small, *TORCH, "--version", "3")
 
 
 # --- What an archive holds -------------------------------------------------------------------------------------------
@@ -219,36 +164,36 @@ def test_the_manifest_and_the_settings(store: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../escape", "a/b", "a b", ".hidden", "-dash", "naïve", "x" * 101, "a\n", "%41"])
-def test_bad_names(small: Path, tmp_path: Path, build_here: Build, name: str) -> None:
+def test_bad_names(small: Path, tmp_path: Path, build_main: Build, name: str) -> None:
     with pytest.raises(Exit, match="--name"):
-        build_here(small, f"--name={name}")
+        build_main(small, f"--name={name}")
     assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
     "version", ["", "v1", "1.", ".1", "1..2", "1.0-rc1", "1.2.3.4.5", "-1", "1.0\n", "../1", "١.٠"]
 )
-def test_bad_versions(small: Path, tmp_path: Path, build_here: Build, version: str) -> None:
+def test_bad_versions(small: Path, tmp_path: Path, build_main: Build, version: str) -> None:
     with pytest.raises(Exit, match="--version"):
-        build_here(small, f"--version={version}")
+        build_main(small, f"--version={version}")
     assert not (tmp_path / "store").exists()
 
 
-def test_bad_stores_and_drops(small: Path, tmp_path: Path, build_here: Build) -> None:
+def test_bad_stores_and_drops(small: Path, tmp_path: Path, build_main: Build) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(Exit, match=r"--store .*file"):
-        build_here(small, store=tmp_path / "file")
+        build_main(small, store=tmp_path / "file")
     for points in ("-1", "nan", "101"):
         with pytest.raises(Exit, match="--max-drop"):
-            build_here(small, f"--max-drop={points}")
+            build_main(small, f"--max-drop={points}")
 
 
-def test_an_archive_is_not_overwritten_unasked(small: Path, tmp_path: Path, build_here: Build) -> None:
+def test_an_archive_is_not_overwritten_unasked(small: Path, tmp_path: Path, build_main: Build) -> None:
     target = tmp_path / "store" / "small.mar"
     checksum = tmp_path / "store" / "small.mar.sha256"
-    assert "version 1.0, torch fp32" in build_here(small)
+    assert "version 1.0, torch fp32" in build_main(small)
     first = digest(target)
-    build_here(small)  # the same content again is no conflict
+    build_main(small)  # the same content again is no conflict
     assert digest(target) == first
 
     config = (small / "model-config.yaml").read_text()
@@ -256,13 +201,13 @@ def test_an_archive_is_not_overwritten_unasked(small: Path, tmp_path: Path, buil
     (small / "model-config.yaml").write_text(config + "  max_inputs: 7\n")
     stamps = {path: path.stat().st_mtime_ns for path in (target, checksum)}
     with pytest.raises(Exit, match=r"version 1\.0 already, with other content; give another --version, or add --force"):
-        build_here(small)
+        build_main(small)
     assert {path: path.stat().st_mtime_ns for path in (target, checksum)} == stamps
     assert digest(target) == first
 
-    assert "version 1.0 is replaced" in build_here(small, *TORCH, "--version", "1.1")
+    assert "version 1.0 is replaced" in build_main(small, *TORCH, "--version", "1.1")
     second = digest(target)
-    build_here(small, *TORCH, "--force")
+    build_main(small, *TORCH, "--force")
     third = digest(target)
     assert len({first, second, third}) == 3
     assert settings(target)["max_inputs"] == 7
@@ -270,22 +215,22 @@ def test_an_archive_is_not_overwritten_unasked(small: Path, tmp_path: Path, buil
     assert sorted(path.name for path in target.parent.iterdir()) == ["small.mar", "small.mar.sha256"]
 
 
-def test_a_file_in_the_way_that_is_no_archive(small: Path, tmp_path: Path, build_here: Build) -> None:
+def test_a_file_in_the_way_that_is_no_archive(small: Path, tmp_path: Path, build_main: Build) -> None:
     target = tmp_path / "store" / "small.mar"
     target.parent.mkdir()
     target.write_bytes(b"PK, cut off")
     with pytest.raises(Exit, match=r"not a readable archive; remove it, or add --force"):
-        build_here(small)
+        build_main(small)
     assert target.read_bytes() == b"PK, cut off"
-    build_here(small, *TORCH, "--force")
+    build_main(small, *TORCH, "--force")
     assert settings(target)["backend"] == "torch"
 
 
-def test_the_version_is_part_of_the_digests(small: Path, tmp_path: Path, build_here: Build) -> None:
+def test_the_version_is_part_of_the_digests(small: Path, tmp_path: Path, build_main: Build) -> None:
     """So that x-model-digest tells apart what was released as two versions."""
     found = []
     for version in ("1.0", "2.0"):
-        build_here(small, *TORCH, "--version", version)
+        build_main(small, *TORCH, "--version", version)
         with zipfile.ZipFile(tmp_path / "store" / "small.mar") as file:
             found.append(json.loads(file.read("digests.json")))
             assert json.loads(file.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"] == version
@@ -318,10 +263,10 @@ def test_the_exit_code_and_the_message_of_a_process(tmp_path: Path) -> None:
         "metrics.json",
     ],
 )
-def test_a_bundle_that_lacks_a_file(small: Path, tmp_path: Path, build_here: Build, name: str) -> None:
+def test_a_bundle_that_lacks_a_file(small: Path, tmp_path: Path, build_main: Build, name: str) -> None:
     (small / name).unlink()
     with pytest.raises(Exit, match=f"{re.escape(name)} is missing"):
-        build_here(small)
+        build_main(small)
     assert not (tmp_path / "store").exists()
 
 
@@ -348,13 +293,13 @@ def test_a_bundle_that_lacks_a_file(small: Path, tmp_path: Path, build_here: Bui
     ],
 )
 def test_a_bundle_with_a_broken_file(
-    small: Path, tmp_path: Path, build_here: Build, name: str, content: str | None, words: str
+    small: Path, tmp_path: Path, build_main: Build, name: str, content: str | None, words: str
 ) -> None:
     whole = (small / name).read_bytes()
     (small / name).unlink()
     (small / name).write_bytes(whole[: len(whole) // 2] if content is None else content.encode())
     with pytest.raises(Exit) as caught:
-        build_here(small)
+        build_main(small)
     message = str(caught.value).splitlines()[0]
     assert f"{name} is broken" in message
     assert words in message
@@ -374,26 +319,26 @@ def change_third_example(bundle: Path, **changes: Any) -> None:
     write_lines(bundle / "golden.jsonl", rows)
 
 
-def test_a_golden_set_that_was_changed_is_refused(small: Path, tmp_path: Path, build_here: Build) -> None:
+def test_a_golden_set_that_was_changed_is_refused(small: Path, tmp_path: Path, build_main: Build) -> None:
     predictions = lines(small / "golden.jsonl")[2]["predictions"]
     shifted = [{**entry, "score": entry["score"] - 0.01} for entry in predictions]
     change_third_example(small, predictions=shifted)
     with pytest.raises(Exit, match=r"golden example 3 of \d+ drifts by 0\.01, more than the tolerance 0\.001"):
-        build_here(small)
+        build_main(small)
     renamed = [{**entry, "label": "mixed"} for entry in predictions]
     change_third_example(small, predictions=renamed)
     with pytest.raises(Exit, match=r"golden example 3 of \d+"):
-        build_here(small)
+        build_main(small)
     change_third_example(small, predictions=predictions, inputs=5)
     with pytest.raises(Exit, match="an input must be a string"):
-        build_here(small)
+        build_main(small)
     assert written(tmp_path / "store") == []
 
 
-def test_auto_falls_back_and_says_why_each_choice_failed(small: Path, tmp_path: Path, build_here: Build) -> None:
+def test_auto_falls_back_and_says_why_each_choice_failed(small: Path, tmp_path: Path, build_main: Build) -> None:
     change_third_example(small, predictions=[{"label": "negative", "score": 1.0}])
     with pytest.raises(Exit) as caught:
-        build_here(small, "--backend", "auto")
+        build_main(small, "--backend", "auto")
     message, *said = str(caught.value).splitlines()
     assert re.match(r"build_mar\.sh: none of .*openvino fp32.*torch fp32.* passed the quality gate", message)
     for choice in ("openvino fp32", "torch fp32"):
@@ -402,7 +347,7 @@ def test_auto_falls_back_and_says_why_each_choice_failed(small: Path, tmp_path: 
     assert written(tmp_path / "store") == []
 
 
-def test_other_weights_do_not_pass(small: Path, tmp_path: Path, build_here: Build) -> None:
+def test_other_weights_do_not_pass(small: Path, tmp_path: Path, build_main: Build) -> None:
     """Weights that load but are not those the golden set was recorded with."""
     content = bytearray((small / "model.safetensors").read_bytes())
     header = int.from_bytes(content[:8], "little")
@@ -411,33 +356,33 @@ def test_other_weights_do_not_pass(small: Path, tmp_path: Path, build_here: Buil
     (small / "model.safetensors").unlink()
     (small / "model.safetensors").write_bytes(content)
     with pytest.raises(Exit, match=r"golden example 1 of \d+ drifts"):
-        build_here(small)
+        build_main(small)
     assert written(tmp_path / "store") == []
 
 
-def test_a_model_that_got_worse_is_refused_unless_it_is_allowed(small: Path, tmp_path: Path, build_here: Build) -> None:
+def test_a_model_that_got_worse_is_refused_unless_it_is_allowed(small: Path, tmp_path: Path, build_main: Build) -> None:
     """Three validation answers are made wrong; one may always change."""
     rows = lines(small / "validation.jsonl")
     for row in rows[:3]:
         row["target"] = "negative" if row["target"] == "positive" else "positive"
     write_lines(small / "validation.jsonl", rows)
     with pytest.raises(Exit, match=r"validation accuracy falls from [\d.]+ to [\d.]+, more than 0\.5 points"):
-        build_here(small)
+        build_main(small)
     points = 100 * 3 / len(rows)
     with pytest.raises(Exit, match=r"validation accuracy falls"):
-        build_here(small, *TORCH, "--max-drop", f"{points - 0.5}")
+        build_main(small, *TORCH, "--max-drop", f"{points - 0.5}")
     assert written(tmp_path / "store") == []
-    build_here(small, *TORCH, "--max-drop", f"{points + 0.5}")
+    build_main(small, *TORCH, "--max-drop", f"{points + 0.5}")
     assert sorted(written(tmp_path / "store")) == ["small.mar", "small.mar.sha256"]
 
 
-def test_force_builds_what_the_gate_refuses_and_warns(small: Path, tmp_path: Path, build_here: Build) -> None:
+def test_force_builds_what_the_gate_refuses_and_warns(small: Path, tmp_path: Path, build_main: Build) -> None:
     change_third_example(small, predictions=[{"label": "negative", "score": 1.0}])
-    printed = build_here(small, *TORCH, "--force")
+    printed = build_main(small, *TORCH, "--force")
     assert "warning: built because of --force, though golden example 3" in printed
     assert sorted(written(tmp_path / "store")) == ["small.mar", "small.mar.sha256"]
     with pytest.raises(Exit, match="golden example 3"):  # --force with `auto` still looks for one that passes
-        build_here(small, "--backend", "torch", "--force")
+        build_main(small, "--backend", "torch", "--force")
 
 
 # --- At the same time, and cut off -----------------------------------------------------------------------------------
