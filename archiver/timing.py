@@ -77,7 +77,7 @@ def tune(model_dir: Path, engine: Engine, asked: Sequence[Request], check: Calla
     if engine.backend.streams > 1:
         engines.append(Engine(model_dir, streams=1))
     rates: dict[tuple[int, int], list[float]] = {}
-    for _ in range(_ROUNDS):
+    for _ in range(2 * _ROUNDS):
         for streamed in engines:
             for budget in _TOKEN_BUDGETS:
                 check()
@@ -85,8 +85,9 @@ def tune(model_dir: Path, engine: Engine, asked: Sequence[Request], check: Calla
                 rates.setdefault((budget, streamed.backend.streams), []).append(_throughput(streamed, asked))
     medians = {setting: statistics.median(found) for setting, found in rates.items()}
     best = max(medians, key=medians.__getitem__)
+    # Larger micro-batches take more memory: the usual ones stay unless others are clearly faster.
     default = (usual.token_budget, engine.backend.streams)
-    if medians.get(default, 0) >= (1 - NOISE) * medians[best]:
+    if medians.get(default, 0) >= (1 - 2 * NOISE) * medians[best]:
         best = default
     budget, streams = best
     # None: as many streams as threads, wherever the archive is served.
