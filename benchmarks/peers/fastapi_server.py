@@ -23,7 +23,7 @@ class Request(BaseModel):
 
 @app.post("/predict")
 def predict(request: Request) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = answer(request.inputs)
+    [found] = answer([request.inputs])
     # Spans have NumPy scores.
     return [{**entry, "score": float(entry["score"])} for entry in found]
 

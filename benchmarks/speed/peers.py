@@ -166,7 +166,10 @@ def pinned(package: str) -> str:
 
 def versions(peer: Peer, python: Path) -> dict[str, str]:
     """Versions of a peer's packages as they are installed."""
-    script = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    script = (
+        "import importlib.metadata as m, json; "
+        "print(json.dumps({d.name.replace('_', '-'): d.version for d in m.distributions()}))"
+    )
     done = subprocess.run([str(python), "-c", script], capture_output=True, text=True, check=True)
     found: dict[str, str] = json.loads(done.stdout)
     names = [re.split(r"[=<>\[]", package)[0] for package in peer.packages or ("torchserve", "torch")]

@@ -117,11 +117,14 @@ class Server:
             self.stop()
 
     def ask(self, text: str) -> Any:
-        """Its answer to one text, as JSON. Raises requests.RequestException if there is none."""
+        """Its answer to one text, as JSON. Raises Unavailable if there is none."""
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        reply = _HTTP.post(self.url, json=self.body(text), headers=headers, timeout=60)
-        reply.raise_for_status()
-        return reply.json()
+        try:
+            reply = _HTTP.post(self.url, json=self.body(text), headers=headers, timeout=60)
+            reply.raise_for_status()
+            return reply.json()
+        except (requests.RequestException, ValueError) as error:
+            raise Unavailable(f"it does not answer: {error}") from None
 
     def memory(self) -> float:
         """Resident megabytes of all its processes."""
@@ -130,14 +133,19 @@ class Server:
     def _answers(self) -> bool:
         try:
             self.ask("a first text")
-        except (requests.RequestException, ValueError):
+        except Unavailable:
             return False
         return True
 
     def _family(self) -> list[psutil.Process]:
         assert self._process is not None
-        main = psutil.Process(self._process.pid)
-        return [main, *main.children(recursive=True)]
+        pids = [self._process.pid]
+        # TorchServe, as the program behind scripts/serve starts it, is no child of it.
+        state = self.folder / "run" / "server.json"
+        if state.exists():
+            pids.append(json.loads(state.read_text(encoding="utf-8"))["pid"])
+        mains = [psutil.Process(pid) for pid in pids]
+        return [*mains, *(child for main in mains for child in main.children(recursive=True))]
 
     def _cpu_share(self, seconds: float) -> float:
         """Processor seconds per second, of all its processes."""
@@ -153,7 +161,7 @@ class Server:
 def scores(answer: Any) -> dict[str, float]:
     """Score by label in what a server answered, whatever is wrapped around it.
 
-    Raises ValueError if there are no scores in it.
+    Raises Unavailable if there are no scores in it.
     """
     found = answer
     while True:
@@ -164,7 +172,7 @@ def scores(answer: Any) -> dict[str, float]:
         elif isinstance(found, list) and found and isinstance(found[0], Mapping) and "score" in found[0]:
             return {entry["label"]: float(entry["score"]) for entry in found}
         else:
-            raise ValueError(f"no scores in {str(answer)[:200]}")
+            raise Unavailable(f"no scores in {str(answer)[:200]}")
 
 
 def marble(name: str, title: str, archive: Path, folder: Path) -> Server:
