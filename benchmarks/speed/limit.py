@@ -16,8 +16,11 @@ from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Tokens of a micro-batch that are tried; the fastest is the limit.
-BUDGETS = (1024, 2048, 4096, 8192)
+# Token budgets and numbers of streams that are tried; the fastest pair is the limit.
+BUDGETS = (256, 512, 1024, 2048, 4096)
+STREAMS = (1, None)
+
+Setting = dict[str, int | None]
 
 
 class Limit:
@@ -42,13 +45,14 @@ class Limit:
         self._process.stdin.close()
         self._process.wait(timeout=30)
 
-    def throughput(self, texts: Sequence[str], seconds: float, budget: int | None = None) -> float:
-        """Texts per second, all of them in one list, in length-sorted micro-batches of at most `budget` tokens."""
-        return float(self._ask("throughput", texts=texts, seconds=seconds, budget=budget))
+    def throughput(self, texts: Sequence[str], seconds: float, setting: Setting) -> float:
+        """Texts per second, all of them in one list, with these settings of the engine."""
+        return float(self._ask("throughput", texts=texts, seconds=seconds, setting=setting))
 
-    def best_budget(self, texts: Sequence[str], seconds: float) -> int:
-        """That of BUDGETS with the highest throughput on these texts."""
-        return max(BUDGETS, key=lambda budget: self.throughput(texts, seconds, budget))
+    def fastest(self, texts: Sequence[str], seconds: float) -> Setting:
+        """The token budget and the number of streams with the highest throughput on these texts."""
+        settings: list[Setting] = [{"token_budget": b, "streams": s} for b in BUDGETS for s in STREAMS]
+        return max(settings, key=lambda setting: self.throughput(texts, seconds, setting))
 
     def latency(self, groups: Sequence[Sequence[str]], seconds: float) -> float:
         """Median milliseconds of a request, each with one group of texts."""
@@ -74,26 +78,30 @@ def main() -> None:
     from handler.messages import Request, Result
 
     # No bounds on one request: all texts come in one.
-    free = {"max_inputs": 10**9, "max_tokens": 10**9, "max_characters": 10**9}
-    engines: dict[int | None, Engine] = {}
+    free: dict[str, Any] = {"max_inputs": 10**9, "max_tokens": 10**9, "max_characters": 10**9}
+    shipped = Engine(Path(sys.argv[1]), **free)
+    # Of other settings the latest alone is kept: each engine has a copy of the model.
+    others: dict[str, Engine] = {}
 
-    def engine(budget: int | None = None) -> Engine:
-        if budget not in engines:
-            own = {} if budget is None else {"token_budget": budget}
-            engines[budget] = Engine(Path(sys.argv[1]), **free, **own)
-        return engines[budget]
+    def with_setting(setting: Setting) -> Engine:
+        key = json.dumps(setting)
+        if key not in others:
+            others.clear()
+            others[key] = Engine(Path(sys.argv[1]), **free, **setting)
+        return others[key]
 
-    def predict(texts: Sequence[str], budget: int | None = None) -> Result:
-        [result] = engine(budget).predict([Request(texts, many=True)])
+    def predict(texts: Sequence[str], engine: Engine = shipped) -> Result:
+        [result] = engine.predict([Request(texts, many=True)])
         if not isinstance(result, Result):
             raise result
         return result
 
-    def throughput(texts: Sequence[str], seconds: float, budget: int | None) -> float:
-        predict(texts, budget)
+    def throughput(texts: Sequence[str], seconds: float, setting: Setting) -> float:
+        engine = with_setting(setting)
+        predict(texts, engine)
         passes, begun = 0, time.perf_counter()
         while (spent := time.perf_counter() - begun) < seconds:
-            predict(texts, budget)
+            predict(texts, engine)
             passes += 1
         return passes * len(texts) / spent
 
