@@ -1,0 +1,1 @@
+"""The speed benchmark; see docs/speed.md. `scripts/bench` runs it."""
