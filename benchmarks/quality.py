@@ -1,6 +1,7 @@
 """Quality on real data: what the models that train.py makes are worth on data they have not seen.
 
-    benchmarks/quality                       every experiment; writes benchmarks/quality-results.json after each
+    benchmarks/quality                       every experiment; after each, its figures are in quality-results.json and
+                                             in the table of docs/quality.md
     benchmarks/quality --only sst2 wnut17    these alone; the results of the others are kept
     benchmarks/quality --quick               a few steps each, prints only: shows that it runs, not what it reaches
 
@@ -21,12 +22,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_data import ROOT, Context, example, files, mnist, shakespeare, spoken_digits
+from benchmarks.quality_data import ROOT, SEED, Context, example, files, messages, mnist, shakespeare, spoken_digits
 from benchmarks.quality_figures import (
-    SEED,
     always_neutral,
     constant,
     copied_source,
@@ -40,6 +41,7 @@ from benchmarks.quality_figures import (
 )
 
 RESULTS = ROOT / "benchmarks" / "quality-results.json"
+DOCS = ROOT / "docs" / "quality.md"
 QUICK = ("--max-steps", "2", "--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false")
 
 
@@ -135,7 +137,7 @@ def portable(command: str, context: Context) -> str:
 
 
 def record(found: Mapping[str, Any]) -> None:
-    """Writes quality-results.json with this experiment's figures in place of its older ones."""
+    """Writes quality-results.json and the table in the docs, this experiment's figures in place of its older ones."""
     rounds = json.loads(RESULTS.read_text(encoding="utf-8"))["rounds"] if RESULTS.exists() else []
     rounds = [entry for entry in rounds if entry["name"] != found["name"]] + [found]
     order = [experiment.name for experiment in EXPERIMENTS]
@@ -164,19 +166,29 @@ def record(found: Mapping[str, Any]) -> None:
         + "\n",
         encoding="utf-8",
     )
+    text = DOCS.read_text(encoding="utf-8")
+    DOCS.write_text(text.replace(table_in(text), table(rounds)), encoding="utf-8")
+
+
+def table_in(text: str) -> str:
+    """The first Markdown table of a text."""
+    return "\n".join(takewhile(lambda line: line.startswith("|"), text[text.index("\n|") + 1 :].splitlines()))
 
 
 def table(rounds: Sequence[Mapping[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| model and data | task | seed | epochs | time | figure | value | baseline | value |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model and data | task | seed | epochs | time | figure | value | baseline | its value | at least |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in rounds:
         epochs = "-" if entry["epochs"] is None else f"{entry['epochs']:g}"
+        missed = "" if entry["met"] else " (missed)"
+        at_least = f"{'at most ' if entry['lower_is_better'] else ''}{entry['target']:.3f}"
         lines.append(
             f"| {entry['data']} | {entry['task']} | {entry['seed']} | {epochs} | {entry['seconds']:.0f} s | "
-            f"{entry['figure']} | {entry['value']:.4f} | {entry['baseline']} | {entry['baseline_value']:.4f} |"
+            f"{entry['figure']} | **{entry['value']:.3f}**{missed} | {entry['baseline']} | "
+            f"{entry['baseline_value']:.3f} | {at_least} |"
         )
     return "\n".join(lines)
 
@@ -269,8 +281,8 @@ EXPERIMENTS = (
     Experiment(
         "messages",
         "T5 from scratch on examples/messages",
-        lambda _: [
-            *("--task", "summarization", *example("messages"), "--from-scratch", "t5 vocab_size=500 dropout_rate=0.2"),
+        lambda c: [
+            *("--task", "summarization", *messages(c), "--from-scratch", "t5 vocab_size=500 dropout_rate=0.2"),
             *("--num-train-epochs", "60", "--learning-rate", "2e-3"),
         ],
         "ROUGE-L",

@@ -12,13 +12,11 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import f1_score
 
-from benchmarks.quality_data import ROOT, Context, jsonl
+from benchmarks.quality_data import ROOT, SEED, Context, jsonl
 from handler.engine import Engine
 from handler.errors import RequestError
 from handler.messages import Media, Request
 from training import tasks
-
-SEED = 42
 
 
 def metrics_of(place: Path) -> dict[str, Any]:
