@@ -1,8 +1,6 @@
 """The data sets of benchmarks/quality in the form that train.py reads."""
 
 import json
-import random
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +12,6 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 42
-
-# What a message of examples/messages may be about: one thing, or several; each can stand in another's place.
-_THINGS = (
-    "backpack, bed, bench, bike, blanket, blender, book, bowl, box, bucket, candle, carpet, chair, clock, coat, "
-    "coffee machine, cupboard, curtain rail, cushion, desk, drawer, dress, drill, fan, fork, freezer, fridge, "
-    "frame, garden hose, grill, guitar, hammer, hat, heater, helmet, jacket, jar, jug, kettle, keyboard, knife, "
-    "ladder, lamp, mat, mattress, mirror, mixer, mug, pan, phone case, piano, pillow, plant pot, plate, printer, "
-    "radio, ring, rug, saw, scale, scarf, shelf, shirt, shower curtain, sink, sofa, speaker, spoon, stool, "
-    "suitcase, table, tap, teapot, television, tent, toaster, towel, toy train, tray, vacuum cleaner, vase, "
-    "washing machine, watch",
-    "bags, boots, bowls, bulbs, candles, chairs, cups, curtains, cushions, forks, glasses, gloves, headphones, "
-    "jackets, knives, lamps, mats, mugs, pillows, pans, plates, sandals, scissors, sheets, shoes, skates, "
-    "slippers, socks, spoons, stools, tiles, towels, trousers",
-)
-_SWAPS = 12
 
 
 @dataclass(frozen=True)
@@ -53,38 +36,6 @@ def example(name: str) -> list[str]:
     """The arguments that name the three files of examples/NAME."""
     splits = ("train", "validation", "test")
     return [part for split in splits for part in (f"--{split}-file", f"examples/{name}/{split}.csv")]
-
-
-def messages(context: Context) -> list[str]:
-    """examples/messages, each training row repeated a dozen times with another thing in its place, in both texts.
-
-    So few messages do not teach a model to take the thing from the text; these do, although not all make sense.
-    """
-    chance = random.Random(SEED)
-    kinds = [kind.split(", ") for kind in _THINGS]
-    rows = pd.read_csv(ROOT / "examples" / "messages" / "train.csv")
-    written = [(text, summary) for text, summary in rows.itertuples(index=False)]
-    more = []
-    for text, summary in written:
-        found = [thing for kind in kinds for thing in kind if _whole(thing).search(text)]
-        # What the summary is about, if it names a thing; of "lamp" and "bike lamp" the longer.
-        thing = max(found, key=lambda thing: (bool(_whole(thing).search(summary)), len(thing)), default="")
-        others = chance.sample(next((kind for kind in kinds if thing in kind), [""] * _SWAPS), _SWAPS)
-        more += [(_swap(thing, other, text), _swap(thing, other, summary)) for other in others]
-    place = context.work / "messages-train.csv"
-    pd.DataFrame(written + more, columns=rows.columns).to_csv(place, index=False)
-    return ["--train-file", str(place), *example("messages")[2:]]
-
-
-def _whole(thing: str) -> re.Pattern[str]:
-    return re.compile(rf"\b{thing}\b", re.IGNORECASE)
-
-
-def _swap(thing: str, other: str, text: str) -> str:
-    """A text with `other` in place of a thing, with a capital letter where that has one."""
-    if not thing:
-        return text
-    return _whole(thing).sub(lambda match: other.capitalize() if match[0][0].isupper() else other, text)
 
 
 def files(context: Context, task: str, folder: str, train: str, validation: str, test: str) -> list[str]:
