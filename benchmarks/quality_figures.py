@@ -94,9 +94,9 @@ def without_neutral(context: Context, place: Path) -> float:
 
 def digits_named_rightly(context: Context, place: Path) -> float:
     """Share of 500 generated digits that the image classifier of this run names as they were asked for."""
-    classifier = context.bundle("mnist-vit")
+    classifier = context.bundle("mnist-resnet")
     if not classifier.is_dir():
-        sys.exit("benchmarks/quality: text-to-image is judged by mnist-vit; run both with one --work")
+        sys.exit("benchmarks/quality: text-to-image is judged by mnist-resnet; run both with one --work")
     wanted = [str(number % 10) for number in range(20 if context.quick else 500)]
     engine = Engine(place)
     outcomes = engine.predict([Request([digit], {"seed": seed}) for seed, digit in enumerate(wanted)])

@@ -60,21 +60,30 @@ _OF_THE_LIVING = (
     "young=jung, here=hier, big=groß, small=klein"
 )
 _DOING = (
-    "buying bought kauft gekauft, looking-for looked-for sucht gesucht, reading read liest gelesen, seeing seen sieht "
-    "gesehen, carrying carried trägt getragen, washing washed wäscht gewaschen, finding found findet gefunden, "
-    "selling sold verkauft verkauft, writing written schreibt geschrieben, eating eaten isst gegessen"
+    "buying bought kauft kaufen gekauft, looking-for looked-for sucht suchen gesucht, reading read liest lesen gelesen, "
+    "seeing seen sieht sehen gesehen, carrying carried trägt tragen getragen, washing washed wäscht waschen gewaschen, "
+    "finding found findet finden gefunden, writing written schreibt schreiben geschrieben, "
+    "eating eaten isst essen gegessen, drawing drawn zeichnet zeichnen gezeichnet, painting painted malt malen gemalt"
 )
 _BEING = (
-    "sitting sitzt, standing steht, sleeping schläft, working arbeitet, lying liegt, playing spielt, waiting wartet"
+    "sitting sitzt sitzen, standing steht stehen, sleeping schläft schlafen, working arbeitet arbeiten, "
+    "lying liegt liegen, playing spielt spielen, waiting wartet warten, living wohnt wohnen, singing singt singen"
 )
-_MODALS = "can=kann, has to=muss, wants to=will"
+_MODALS = "can=can kann kann können, have-to=has-to muss muss müssen, want-to=wants-to will will wollen"
 _DEEDS = (
-    "swim=schwimmen, sleep=schlafen, work=arbeiten, eat=essen, read=lesen, write=schreiben, go home=nach Hause gehen"
+    "swim=schwimmen, sleep=schlafen, work=arbeiten, eat=essen, read=lesen, write=schreiben, sing=singen, dance=tanzen, "
+    "wait=warten, go home=nach Hause gehen, learn German=Deutsch lernen, drink tea=Tee trinken"
+)
+_MANY = (
+    "flowers Blumen, books Bücher, children Kinder, apples Äpfel, houses Häuser, dogs Hunde, cats Katzen, shoes Schuhe, "
+    "parents Eltern, friends Freunde, birds Vögel, keys Schlüssel, letters Briefe, plates Teller, glasses Gläser"
 )
 _ARTICLES = {"nominative": "der die das", "accusative": "den die das"}
 _ENDINGS = {"nominative": ("", "e", ""), "accusative": ("en", "e", "")}
 _OWNERS = "my=mein, your=dein, a=ein"
-_COMPOSED = 4000
+# A subject decides the form of the verb: of I, of one, of several.
+_FORMS = (("am", "have", "bin", "habe"), ("is", "has", "ist", "hat"), ("are", "have", "sind", "haben"))
+_COMPOSED = 8000
 
 
 def messages(context: Context) -> list[str]:
@@ -145,34 +154,53 @@ def _sentences(chance: random.Random) -> Iterator[tuple[str, str]]:
         owner += "n" * (owner == "a" and english[0] in "aeiou")
         return f"{owner} {english}", f"{stem}{_ENDINGS[case][number]} {german}"
 
-    def somebody() -> tuple[str, str]:
-        return chance.choice([("he", "er"), ("she", "sie"), noun(_PERSONS), noun(_PERSONS), noun(_ANIMALS)])
+    def several() -> tuple[str, str]:
+        english, german = chance.choice(_MANY.split(", ")).split()
+        owner, stem = chance.choice([("the", "die"), ("my", "meine"), ("your", "deine")])
+        return f"{owner} {english}", f"{stem} {german}"
+
+    def somebody() -> tuple[int, tuple[str, str]]:
+        """A subject: which of `_FORMS` it has, and what it is called."""
+        one = (("he", "er"), ("she", "sie"), noun(_PERSONS), noun(_PERSONS), noun(_ANIMALS))
+        form = chance.choice([0, 1, 1, 1, 2])
+        return form, chance.choice([(("I", "ich"),), one, (("we", "wir"), ("they", "sie"), several())][form])
 
     for _ in range(_COMPOSED):
-        who, wer = somebody()
+        form, (who, wer) = somebody()
+        be, have, bin_, habe = _FORMS[form]
         what, was = noun(_OBJECTS)
+        many, viele = several()
         whom, wen = noun(f"{_OBJECTS}, {_ANIMALS}", "accusative")
         where, wo = pick(_PLACES)
         way, wohin = pick(_WAYS)
         state, zustand = pick(_OF_THE_LIVING)
         look, aussehen = pick(_OF_THINGS)
-        modal, modalverb = pick(_MODALS)
+        plain, forms = pick(_MODALS)
+        third, *modals = forms.split()
+        modal = (third if form == 1 else plain).replace("-", " ")
         deed, tat = pick(_DEEDS)
-        be, ist = chance.choice(_BEING.split(", ")).split()
-        doing, done, tut, getan = (word.replace("-", " ") for word in chance.choice(_DOING.split(", ")).split())
+        staying, *stays = chance.choice(_BEING.split(", ")).split()
+        doing, done, *does, getan = (word.replace("-", " ") for word in chance.choice(_DOING.split(", ")).split())
+        # "ich kaufe", "er kauft", "wir kaufen"
+        bleibt, tut, geht = ((verb[1][:-1], *verb)[form] for verb in (stays, does, ["geht", "gehen"]))
         english, german = chance.choice(
             [
                 (f"{what} is {look}.", f"{was} ist {aussehen}."),
-                (f"{who} is {state}.", f"{wer} ist {zustand}."),
+                (f"{many} are {look}.", f"{viele} sind {aussehen}."),
+                (f"{what} is too {look}.", f"{was} ist zu {aussehen}."),
+                (f"{who} {be} {state}.", f"{wer} {bin_} {zustand}."),
                 (f"is {what} {look}?", f"ist {was} {aussehen}?"),
                 (f"where is {what}?", f"wo ist {was}?"),
                 (f"{what} is {where}.", f"{was} ist {wo}."),
-                (f"{who} is {be} {where}.", f"{wer} {ist} {wo}."),
-                (f"{who} is {doing} {whom}.", f"{wer} {tut} {wen}."),
-                (f"{who} has {done} {whom}.", f"{wer} hat {wen} {getan}."),
-                (f"{who} is going {way}.", f"{wer} geht {wohin}."),
-                (f"{who} {modal} {deed}.", f"{wer} {modalverb} {tat}."),
-                (f"{who} has {whom}.", f"{wer} hat {wen}."),
+                (f"{who} {be} {staying} {where}.", f"{wer} {bleibt} {wo}."),
+                (f"{who} {be} {doing} {whom}.", f"{wer} {tut} {wen}."),
+                (f"{who} {have} {done} {whom}.", f"{wer} {habe} {wen} {getan}."),
+                (f"{who} {be} going {way}.", f"{wer} {geht} {wohin}."),
+                (f"{who} {modal} {deed}.", f"{wer} {modals[form]} {tat}."),
+                (f"{who} {have} {whom}.", f"{wer} {habe} {wen}."),
+                (f"do you have {whom}?", f"hast du {wen}?"),
+                (f"do you see {whom}?", f"siehst du {wen}?"),
+                (f"I would like {whom}.", f"ich möchte {wen}."),
             ]
         )
         yield english[0].upper() + english[1:], german[0].upper() + german[1:]
