@@ -144,6 +144,8 @@ def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
         raise UserError(f"unknown arguments: {' '.join(unknown)}; train.py --help lists those there are")
     if options.from_scratch is not None and options.train_file is None and tasks.load(options.task).trains:
         raise UserError("--from-scratch needs a --train-file: there is nothing to bundle in a model that knows nothing")
+    if arguments.learning_rate is None:  # random weights are far from any good ones
+        arguments.learning_rate = 1e-4 if options.from_scratch is None else 1e-3
     if not 0 < options.validation_share < 1:
         raise UserError(f"--validation-share {options.validation_share}: give a share between 0 and 1, e.g. 0.1")
     if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:

@@ -1,11 +1,13 @@
 """The docs name what there is: every task, every parameter, every file of tests."""
 
+import json
 import re
 from dataclasses import fields
 
 import pytest
 from conftest import ROOT
 
+from benchmarks import quality
 from handler import tasks
 from handler.parameters import CommonParameters
 from training.tasks import REGISTRY as TRAINED
@@ -35,3 +37,13 @@ def test_every_parameter_is_named(name: str) -> None:
         field.name for field in fields(CommonParameters)
     }
     assert [parameter for parameter in sorted(own) if f"`{parameter}`" not in TEXT] == []
+
+
+def test_the_figures_of_quality_are_those_of_its_results() -> None:
+    results = json.loads(quality.RESULTS.read_text(encoding="utf-8"))
+    assert quality.table_in(quality.DOCS.read_text(encoding="utf-8")) == quality.table(results["rounds"])
+    experiments = [experiment.name for experiment in quality.EXPERIMENTS]
+    assert [entry["name"] for entry in results["rounds"]] == experiments
+    assert [(entry["id"], entry["value"]) for entry in results["targets"]] == [
+        (entry["name"], entry["value"]) for entry in results["rounds"]
+    ]

@@ -111,6 +111,15 @@ def test_from_scratch_needs_a_train_file(tmp_path: Path) -> None:
         train.parse(["--from-scratch", "bert", "--output-dir", str(tmp_path / "model")])
 
 
+def test_random_weights_learn_at_a_higher_rate(tmp_path: Path) -> None:
+    given = ["--train-file", "texts.csv", "--output-dir", str(tmp_path / "model")]
+    rates = [
+        train.parse([*given, *more])[1].learning_rate
+        for more in ([], ["--from-scratch", "bert"], ["--from-scratch", "bert", "--learning-rate", "0.5"])
+    ]
+    assert rates == [1e-4, 1e-3, 0.5]
+
+
 def test_train_says_what_is_wrong(tmp_path: Path) -> None:
     data = ("--train-file", REVIEWS / "test.csv", "--output-dir", tmp_path / "model")
     with pytest.raises(UserError, match="close: hidden_size"):

@@ -91,7 +91,9 @@ class TrainerOptions(TrainingArguments):
     """Arguments of `transformers.TrainingArguments`, with defaults for fine-tuning a small encoder."""
 
     output_dir: str | None = field(default=None, metadata={"help": "folder to write the bundle to"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of AdamW"})
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "peak learning rate of AdamW; if absent 1e-4, from scratch 1e-3"}
+    )
     num_train_epochs: float = field(default=3.0, metadata={"help": "passes over the training data"})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "examples of one optimiser step"})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "examples of one evaluation step"})
@@ -119,7 +121,7 @@ class TrainerOptions(TrainingArguments):
         """Raises UserError for values that would end the run later on, when work has been done."""
         if self.output_dir is None:
             raise UserError("--output-dir is missing: name the folder to write the bundle to, e.g. artifacts/reviews")
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise UserError(f"--learning-rate {self.learning_rate:g}: give a number above 0, e.g. 1e-4")
         if not torch.cuda.is_available():
             self.use_cpu = True
