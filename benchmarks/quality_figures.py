@@ -69,6 +69,11 @@ def frequent_word(_: Context, place: Path) -> float:
     return max(words.values()) / words.total()
 
 
+def last_perplexity(_: Context, place: Path) -> float:
+    """Perplexity of the hidden tokens of the validation split, after the last epoch."""
+    return float(metrics_of(place)["epochs"][-1]["eval_perplexity"])
+
+
 def first_words(_: Context, __: Path) -> float:
     """ROUGE-L of the first words of each message as its summary: the best that any number of words up to 20 gives."""
     rows = pd.read_csv(ROOT / "examples" / "messages" / "test.csv")

@@ -60,7 +60,8 @@ _OF_THE_LIVING = (
     "young=jung, here=hier, big=groß, small=klein"
 )
 _DOING = (
-    "buying bought kauft kaufen gekauft, looking-for looked-for sucht suchen gesucht, reading read liest lesen gelesen, "
+    "buying bought kauft kaufen gekauft, looking-for looked-for sucht suchen gesucht, "
+    "reading read liest lesen gelesen, "
     "seeing seen sieht sehen gesehen, carrying carried trägt tragen getragen, washing washed wäscht waschen gewaschen, "
     "finding found findet finden gefunden, writing written schreibt schreiben geschrieben, "
     "eating eaten isst essen gegessen, drawing drawn zeichnet zeichnen gezeichnet, painting painted malt malen gemalt"
@@ -75,7 +76,8 @@ _DEEDS = (
     "wait=warten, go home=nach Hause gehen, learn German=Deutsch lernen, drink tea=Tee trinken"
 )
 _MANY = (
-    "flowers Blumen, books Bücher, children Kinder, apples Äpfel, houses Häuser, dogs Hunde, cats Katzen, shoes Schuhe, "
+    "flowers Blumen, books Bücher, children Kinder, apples Äpfel, houses Häuser, dogs Hunde, cats Katzen, "
+    "shoes Schuhe, "
     "parents Eltern, friends Freunde, birds Vögel, keys Schlüssel, letters Briefe, plates Teller, glasses Gläser"
 )
 _ARTICLES = {"nominative": "der die das", "accusative": "den die das"}
