@@ -293,7 +293,7 @@ def test_the_limit_is_the_engine_itself(bundle: Path) -> None:
         [first, second] = limit.scores(["Fine boots.", "Two hours on hold."])
         assert first.keys() == second.keys() == {"negative", "neutral", "positive"}
         assert sum(first.values()) == pytest.approx(1)
-        assert limit.throughput(["Fine boots."] * 8, 0.1, {"token_budget": 64, "streams": 1}) > 0
+        assert limit.throughput(["Fine boots."] * 8, 0.1, {"token_budget": 64, "streams": 1}, 4) > 0
         assert limit.latency([["Fine boots."]], 0.1) > 0
 
 
