@@ -286,6 +286,9 @@ def test_answers_of_other_tasks() -> None:
     assert not TokenClassification.agrees([entity], [{**entity, "start": 1}])
     assert not TokenClassification.agrees([entity], [])
     assert TokenClassification.agrees([{**entity, "score": 0.5}], [{**entity, "entity": "B-LOC", "score": 0.5}])
+    many, changed = [{**entity, "index": index} for index in range(200)], {**entity, "entity": "B-LOC", "score": 0.9}
+    assert TokenClassification.agrees(many, [changed, changed, *many[2:]])
+    assert not TokenClassification.agrees(many, [changed, changed, changed, *many[3:]])
     assert FeatureExtraction.agrees([1.0, 0.0], [0.99, 0.05])
     assert not FeatureExtraction.agrees([1.0, 0.0], [0.0, 1.0])
     assert not FeatureExtraction.agrees([[1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]])
