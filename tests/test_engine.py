@@ -20,6 +20,7 @@ from backends import Replayed
 from conftest import OFFLINE, REVIEWS
 from numpy.typing import NDArray
 
+from archiver.gate import GOLDEN_TOLERANCE
 from handler.engine import Engine
 from handler.errors import (
     InternalError,
@@ -194,8 +195,9 @@ def test_openvino_fp32_equals_torch(engine: Engine, openvino: Engine, texts: lis
 def test_the_archive_of_this_machines_choice_equals_torch(
     engine: Engine, archive: Callable[[str], Path], mixed: list[str]
 ) -> None:
+    """As near as the gate asks of it."""
     chosen = Engine(archive("reviews"))
-    tolerance = {"bf16": 0.05, "fp32": 1e-3}[chosen.settings.precision]
+    tolerance = GOLDEN_TOLERANCE[chosen.settings.precision]
     np.testing.assert_allclose(table(chosen, mixed), table(engine, mixed), rtol=0, atol=tolerance)
 
 
@@ -613,7 +615,7 @@ print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
     ("overrides", "message"),
     [
         ({"backend": "onnx"}, "backend 'onnx' is not one of torch, openvino"),
-        ({"precision": "int3"}, "precision 'int3' is not one of fp32, bf16"),
+        ({"precision": "int3"}, "precision 'int3' is not one of those of the torch backend: fp32, bf16, fp16"),
         ({"task": "telepathy"}, r"task 'telepathy' is not one of: .*text-classification"),
     ],
 )

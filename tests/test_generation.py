@@ -290,6 +290,8 @@ def test_prefill_and_likeliest_tokens_are_told_only_when_asked_for(
 class Recital:
     """Says the tokens of `script` one after the other, wherever a prompt breaks off; NaN for a prompt with a NaN."""
 
+    device = torch.device("cpu")
+
     def __init__(self, script: Sequence[int], vocabulary: int, broken: int | None = None) -> None:
         self.config = GPT2Config(vocab_size=vocabulary, n_layer=0)
         self.generation_config = GenerationConfig(eos_token_id=[0, OTHER_END])
