@@ -114,7 +114,7 @@ class TokenClassification(EncoderTask):
             _label(before) != _label(after) and _change(before, after) > TIE
             for before, after in zip(expected, found, strict=True)
         ]
-        return sum(changed) <= len(changed) // 100
+        return bool(sum(changed) <= len(changed) // 100)
 
     def _tokens(
         self, text: str, row: Encoding, scores: NDArray[np.float32], ignored: Sequence[str], shift: int
