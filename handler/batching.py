@@ -49,6 +49,23 @@ def micro_batches(
     return min(map(split, sorted(limits, reverse=True)), key=lambda parts: _duration(map(cost, parts), streams))
 
 
+def fewest_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Groups sequences for a model that passes over each group many times: as few groups as the budget allows.
+
+    Lists of indices into `lengths`, the longest first; what a group costs, and a sequence over the budget, is as in
+    `micro_batches`.
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if groups and (len(groups[-1]) + 1) * longest <= token_budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            longest = padded(lengths[index])
+    return groups
+
+
 def padded(length: int) -> int:
     """`length` rounded up to a multiple of 8."""
     return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE

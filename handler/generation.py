@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicLayer
 
-from handler.batching import micro_batches
+from handler.batching import fewest_batches, micro_batches
 from handler.errors import InternalError, Overloaded, RequestError
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
@@ -148,7 +148,9 @@ class Generator:
         single = [row for row in rows if row.decoding.num_beams == 1 and not self._rare]
         lengths = [row.longest for row in single]
         # A model that cannot be told positions would count padding, so its rows run one by one.
-        groups = micro_batches(lengths, self._positions) if self._takes_positions else [[n] for n in range(len(single))]
+        groups = (
+            fewest_batches(lengths, self._positions) if self._takes_positions else [[n] for n in range(len(single))]
+        )
         for group in groups:
             yield from self._decode([single[place] for place in group])
         for row in rows:

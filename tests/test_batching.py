@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Encoding
 
-from handler.batching import micro_batches, padded
+from handler.batching import fewest_batches, micro_batches, padded
 from handler.inputs.text import TextInputs
 
 
@@ -74,6 +74,20 @@ def test_any_lengths_and_budget() -> None:
         for group, cost in zip(groups, costs, strict=True):
             assert cost <= budget or len(group) == 1
             assert len({kinds[index] for index in group}) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "expected"),
+    [
+        ([], 64, []),
+        ([70, 1, 5, 3, 2], 999, [[0, 2, 3, 4, 1]]),  # however much of it is padding
+        ([70, 1, 5, 3, 2], 80, [[0], [2, 3, 4, 1]]),
+        ([8] * 5, 16, [[0, 1], [2, 3], [4]]),
+        ([500, 2], 64, [[0], [1]]),
+    ],
+)
+def test_fewest_batches(lengths: list[int], budget: int, expected: list[list[int]]) -> None:
+    assert fewest_batches(lengths, budget) == expected
 
 
 def test_little_of_a_batch_is_padding() -> None:

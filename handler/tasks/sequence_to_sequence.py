@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from handler import backends
-from handler.batching import micro_batches
+from handler.batching import fewest_batches
 from handler.errors import InternalError, InvalidInput, InvalidParameter, Overloaded, RequestError, TooLarge
 from handler.inputs.text import read_text
 from handler.parameters import CommonParameters, at_least, between, parse
@@ -228,7 +228,7 @@ class SequenceToSequence(GenerativeTask):
             decoding = sources[indices[places[0]]].decoding
             beams = decoding.num_beams or self._model.generation_config.num_beams or 1
             cost = [max(len(ids[indices[place]]), decoding.max_new_tokens or 0) * beams for place in places]
-            for group in micro_batches(cost, _BUDGETS * self._settings.token_budget):
+            for group in fewest_batches(cost, _BUDGETS * self._settings.token_budget):
                 yield [indices[places[number]] for number in group]
 
     @torch.inference_mode()
