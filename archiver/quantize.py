@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import openvino
-from openvino import opset13
+
+from archiver.rewrite import look_up_in_int8
 
 # NNCF would report its use to its makers; nothing leaves the machine that builds an archive.
 os.environ["NNCF_CI"] = "1"
@@ -55,33 +56,6 @@ def quantize_with_accuracy_control(
             ),
         )
     return look_up_in_int8(quantized)
-
-
-def look_up_in_int8(model: openvino.Model) -> openvino.Model:
-    """The model, changed in place, with int8 embeddings looked up first and dequantized then, to the same numbers.
-
-    NNCF dequantizes the table. OpenVINO does that as it loads, so each compiled model would hold a table of fp32.
-    """
-    for gather in model.get_ops():
-        if gather.get_type_name() != "Gather":
-            continue
-        multiply = gather.input_value(0).get_node()
-        if multiply.get_type_name() != "Multiply":
-            continue
-        convert, scale = (multiply.input_value(port).get_node() for port in (0, 1))
-        table = convert.input_value(0) if convert.get_type_name() == "Convert" else None
-        if table is None or table.get_element_type() != openvino.Type.i8 or scale.get_type_name() != "Constant":
-            continue
-        indices, axis = gather.input_value(1), gather.input_value(2)
-        if axis.get_node().get_type_name() != "Constant" or axis.get_node().data.item() != 0:
-            continue
-        rows = opset13.convert(opset13.gather(table, indices, axis), multiply.get_output_element_type(0).to_string())
-        # One scale for each row of the table, or one for all.
-        per_row = scale.get_output_shape(0)[:1] == table.get_shape()[:1]
-        scales = opset13.gather(scale, indices, axis) if per_row else scale
-        gather.output(0).replace(opset13.multiply(rows, scales).output(0))
-    model.validate_nodes_and_infer_types()
-    return model
 
 
 def _model_type(model: openvino.Model) -> nncf.ModelType | None:

@@ -13,7 +13,6 @@ import openvino
 import pytest
 from conftest import Build, Exit
 from conftest import build_here as build
-from openvino import opset13
 from test_build import digest, lines, settings, write_lines
 
 from archiver import gate, quantize, timing
@@ -144,22 +143,6 @@ def test_int8_is_the_same_bytes_twice_and_answers_alike(
         Engine(folder).predict([Request(text, many=True)]) for folder in (small, tmp_path / "unpacked")
     )
     assert [entry[0]["label"] for entry in before.predictions] == [entry[0]["label"] for entry in after.predictions]
-
-
-@pytest.mark.parametrize("scales", [(50, 1), (1, 1)])
-def test_embeddings_are_looked_up_in_int8(scales: tuple[int, int]) -> None:
-    chance = np.random.default_rng(0)
-    table = opset13.constant(chance.integers(-127, 128, (50, 8), dtype=np.int8))
-    dequantized = opset13.multiply(opset13.convert(table, "f32"), opset13.constant(chance.random(scales, np.float32)))
-    input_ids = opset13.parameter([-1, -1], np.int64)
-    embeddings = opset13.gather(dequantized, input_ids, opset13.constant(0))
-    model = openvino.Model([opset13.add(embeddings, embeddings)], [input_ids])
-    ids = chance.integers(0, 50, (3, 4))
-    [expected] = openvino.compile_model(model, "CPU")(ids).values()
-    [found] = openvino.compile_model(quantize.look_up_in_int8(model), "CPU")(ids).values()
-    np.testing.assert_array_equal(found, expected)
-    types = {op.input(0).get_element_type() for op in model.get_ops() if op.get_type_name() == "Gather"}
-    assert openvino.Type.i8 in types
 
 
 def test_int8_that_fails_the_gate_is_refused_unless_forced(
