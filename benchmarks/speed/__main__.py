@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.speed import load, models, peers, report, servers
+from benchmarks.speed import load, models, peers, report, servers, startup
 from benchmarks.speed.limit import Limit
 from benchmarks.speed.peers import PEERS, ROOT, Unavailable
 from benchmarks.speed.servers import Server
@@ -37,6 +37,7 @@ DOCUMENT = ROOT / "docs" / "speed.md"
 TOLERANCE, CLEAR_MARGIN = 1e-3, 0.4
 CHECKED_TEXTS = 128
 ROUNDS = 5
+RESTARTS = 5
 # Texts that 64 connections have under way together: what a server can sort by length at a time.
 BATCH = 64
 BATCHES = (1, 8, 32, 64)
@@ -195,6 +196,9 @@ def run(arguments: argparse.Namespace, work: Path, stack: ExitStack) -> dict[str
         server.start()
         found["servers"][name] |= {"idle_cpu": server.idle_cpu, "memory_mb": server.memory()}
         server.rest()
+    ours = bench.servers[report.OURS]
+    ours.start()
+    found["startup"] = startup.summary([startup.restart(ours) for _ in range(1 if quick else RESTARTS)])
     if not quick:
         found["growth"] = growth(bench, model, texts, limit, torch)
     found["targets"] = report.targets(report.rounds_of(found))

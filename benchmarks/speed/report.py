@@ -244,6 +244,16 @@ def _others(results: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
                 _number([measure(r, server, load) for r in rounds], 1) for measure in (Round.rate, Round.p50, Round.p99)
             )
             lines.append(f"| {title} | {rate} | {p50} | {p99} |")
+    if startup := results.get("startup"):
+        ready, slowest_ready, back, slowest_back = (
+            f"{startup[key]:.1f} s" for key in ("ready_s", "slowest_ready_s", "back_s", "slowest_back_s")
+        )
+        lines += [
+            "",
+            f"After a `kill -9` of the worker (median of {startup['restarts']}): its successor is READY {ready} after "
+            f"the start of its process (at most {slowest_ready}), {back} after the kill (at most {slowest_back}), and "
+            f"takes {startup['memory_mb']:.0f} MB then.",
+        ]
     drifts = [f"{server['title']} {server['drift']:.1e}" for server in results["servers"].values() if "drift" in server]
     if drifts:
         lines += ["", f"Largest difference of a score from `transformers` in fp32: {'; '.join(drifts)}."]
