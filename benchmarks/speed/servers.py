@@ -118,8 +118,9 @@ class Server:
 
     def ask(self, text: str) -> Any:
         """Its answer to one text, as JSON. Raises Unavailable if there is none."""
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
+            # A server that starts may just be writing its key.
+            headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
             reply = _HTTP.post(self.url, json=self.body(text), headers=headers, timeout=60)
             reply.raise_for_status()
             return reply.json()
