@@ -12,6 +12,7 @@ import transformers
 from backends import Replayed
 from conftest import CPUS, NO_CHECKPOINTS, HubClient, Served, build_here, train_here
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from text_models import converted
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
 import train
@@ -183,6 +184,14 @@ def test_every_token_of_a_long_text_is_answered_once(
     whole.enable_truncation(LENGTH, stride=STRIDE)
     assert [token["index"] for token in tokens] == list(range(1, len(encoding) - 1))
     assert [(token["start"], token["end"]) for token in tokens] == encoding.offsets[1:-1]
+
+
+def test_ignored_labels_do_not_decide_which_window_answers(engines: dict[str, Engine], sentences: list[str]) -> None:
+    """What one window is surer to ignore is ignored, whatever the other thinks of it."""
+    text = " ".join(sentences[:20])
+    every = ask(engines["bert"], text, ignore_labels=[])
+    for label in LABELS:
+        assert ask(engines["bert"], text, ignore_labels=[label]) == [t for t in every if t["entity"] != label]
 
 
 def test_offsets_are_exact_whatever_the_normalizer_does(engines: dict[str, Engine]) -> None:
@@ -546,10 +555,12 @@ def test_truncation_is_told(toy_engine: Engine) -> None:
     assert whole.usage.windows > 1
 
 
-def test_backends_agree(toy: Path, toy_openvino: Path, sentences: list[str]) -> None:
+@pytest.mark.parametrize("name", ["wnut", "toy"])
+def test_backends_agree(name: str, request: pytest.FixtureRequest, sentences: list[str]) -> None:
+    bundle = request.getfixturevalue(name)
     requests = [Request([text], {"ignore_labels": []}) for text in sentences[:40]]
-    first = Engine(toy, threads=1).predict(requests)
-    second = Engine(toy_openvino, backend="openvino", threads=1).predict(requests)
+    first = Engine(bundle, threads=1).predict(requests)
+    second = Engine(converted(bundle), threads=1).predict(requests)
     for one, other in zip(first, second, strict=True):
         assert isinstance(one, Result)
         assert isinstance(other, Result)
