@@ -12,7 +12,6 @@ import torch
 import transformers
 from backends import Replayed
 from conftest import CPUS, NO_CHECKPOINTS, HubClient, Served, build_here, train_here
-from text_models import converted
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase
 
 import train
@@ -724,13 +723,11 @@ def test_an_answer_at_every_tenth_of_a_long_document(toy_engine: Engine) -> None
     assert nothing["answer"] == ""
 
 
-@pytest.mark.parametrize("name", ["few", "toy"])
-def test_backends_agree(name: str, request: pytest.FixtureRequest, squad: list[dict[str, Any]]) -> None:
-    bundle = request.getfixturevalue(name)
+def test_backends_agree(toy: Path, toy_openvino: Path, squad: list[dict[str, Any]]) -> None:
     values = [{"question": row["question"], "context": row["context"][:300]} for row in squad[:30]]
     requests_ = [Request([value], {"top_k": 3}) for value in values]
-    first = Engine(bundle, threads=1).predict(requests_)
-    second = Engine(converted(bundle), threads=1).predict(requests_)
+    first = Engine(toy, threads=1).predict(requests_)
+    second = Engine(toy_openvino, backend="openvino", threads=1).predict(requests_)
     for one, other in zip(first, second, strict=True):
         assert isinstance(one, Result)
         assert isinstance(other, Result)

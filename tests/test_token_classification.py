@@ -12,7 +12,6 @@ import transformers
 from backends import Replayed
 from conftest import CPUS, NO_CHECKPOINTS, HubClient, Served, build_here, train_here
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
-from text_models import converted
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
 import train
@@ -555,12 +554,10 @@ def test_truncation_is_told(toy_engine: Engine) -> None:
     assert whole.usage.windows > 1
 
 
-@pytest.mark.parametrize("name", ["wnut", "toy"])
-def test_backends_agree(name: str, request: pytest.FixtureRequest, sentences: list[str]) -> None:
-    bundle = request.getfixturevalue(name)
+def test_backends_agree(toy: Path, toy_openvino: Path, sentences: list[str]) -> None:
     requests = [Request([text], {"ignore_labels": []}) for text in sentences[:40]]
-    first = Engine(bundle, threads=1).predict(requests)
-    second = Engine(converted(bundle), threads=1).predict(requests)
+    first = Engine(toy, threads=1).predict(requests)
+    second = Engine(toy_openvino, backend="openvino", threads=1).predict(requests)
     for one, other in zip(first, second, strict=True):
         assert isinstance(one, Result)
         assert isinstance(other, Result)
