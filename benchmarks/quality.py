@@ -33,7 +33,6 @@ from benchmarks.quality_figures import (
     copied_source,
     digits_named_rightly,
     first_words,
-    frequent_word,
     last_perplexity,
     majority,
     metric,
@@ -303,15 +302,6 @@ EXPERIMENTS = (
         metric("chrf"),
         "the English text as it is",
         copied_source,
-    ),
-    Experiment(
-        "shakespeare-minilm",
-        "MiniLM, trained on as a masked language model, on Shakespeare",
-        lambda c: ["--task", "fill-mask", *shakespeare(c), "--num-train-epochs", "4", "--learning-rate", "3e-4"],
-        "accuracy of a hidden word",
-        metric("accuracy", "validation"),
-        "the most frequent word",
-        frequent_word,
     ),
     Experiment(
         "shakespeare-bert",

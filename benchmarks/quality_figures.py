@@ -63,12 +63,6 @@ def random_span(_: Context, place: Path) -> float:
     return float(scores["f1"])
 
 
-def frequent_word(_: Context, place: Path) -> float:
-    """Accuracy of always guessing the word that is hidden most often."""
-    words = Counter(example["target"] for example in jsonl(place / "validation.jsonl"))
-    return max(words.values()) / words.total()
-
-
 def last_perplexity(_: Context, place: Path) -> float:
     """Perplexity of the hidden tokens of the validation split, after the last epoch."""
     return float(metrics_of(place)["epochs"][-1]["eval_perplexity"])
