@@ -13,6 +13,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from archiver import bom, sign
+from server.archive import ArchiveError, verify
 from training.errors import UserError
 
 DIGEST = "ab" * 32
@@ -138,3 +139,32 @@ def test_wrong_key_files(tmp_path: Path, kind: str, words: str) -> None:
             key.write_text("hello")
     with pytest.raises(UserError, match=words):
         sign.check_private_key(key)
+
+
+LINK = zipfile.ZipInfo("link")
+LINK.external_attr = 0o120777 << 16
+PACKED = zipfile.ZipInfo("zeros.json")
+PACKED.compress_type = zipfile.ZIP_DEFLATED
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        *((name, "has a path") for name in ("../x", "/x", "a/../x", "a\\x", ".git/config", "a//x", "folder/")),
+        ("GOLDEN.jsonl", "twice"),
+        (LINK, "is a link"),
+        (PACKED, "is compressed"),
+    ],
+)
+def test_members_that_are_not_served(tmp_path: Path, member: str | zipfile.ZipInfo, words: str) -> None:
+    archive = tmp_path / "small.mar"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in ("MAR-INF/MANIFEST.json", "model-config.yaml", "golden.jsonl"):
+            file.writestr(name, "{}")
+    sign.write_checksum(archive)
+    assert verify("small", archive).path == archive
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(member, "0" * 100_000)
+    sign.write_checksum(archive)
+    with pytest.raises(ArchiveError, match=words):
+        verify("small", archive)
