@@ -1,11 +1,18 @@
 """An archive as the server sees it: verified before TorchServe may load it."""
 
+import re
+import stat
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from handler import golden
 from handler.digests import sha256
+
+_MOST_MEMBERS = 10_000
+# Of a member's path: no "..", no leading dot, no backslash, nothing empty.
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
 class ArchiveError(Exception):
@@ -39,8 +46,31 @@ def verify(name: str, path: Path) -> Archive:
     try:
         with zipfile.ZipFile(path) as file:
             missing = {"MAR-INF/MANIFEST.json", "model-config.yaml", golden.FILE_NAME} - set(file.namelist())
+            check_members(path, file.infolist())
     except zipfile.BadZipFile as error:
         raise ArchiveError(f"{path}: not a model archive ({error}); build it again") from None
     if missing:
         raise ArchiveError(f"{path}: has no {', '.join(sorted(missing))}; build it with build_mar.sh")
     return Archive(name, path)
+
+
+def check_members(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
+    """Raises ArchiveError for members that could be unpacked to another place, over each other, or to far more.
+
+    build_mar.sh writes none of these, so nothing is lost by refusing them.
+    """
+    seen: set[str] = set()
+    if len(entries) > _MOST_MEMBERS:
+        raise ArchiveError(f"{path}: has {len(entries)} members, over {_MOST_MEMBERS}; build it with build_mar.sh")
+    for entry in entries:
+        name = entry.orig_filename
+        if not all(_PART.fullmatch(part) for part in name.split("/")):
+            raise ArchiveError(f"{path}: the member {name!r} has a path that is not served; build it with build_mar.sh")
+        if name.casefold() in seen:
+            raise ArchiveError(f"{path}: has the member {name!r} twice; build it with build_mar.sh")
+        seen.add(name.casefold())
+        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
+            raise ArchiveError(f"{path}: the member {name!r} is a link or no file; build it with build_mar.sh")
+        # Stored members cannot grow when they are unpacked.
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise ArchiveError(f"{path}: the member {name!r} is compressed; build it with build_mar.sh")
