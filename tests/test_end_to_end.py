@@ -368,8 +368,8 @@ def test_streamed_grpc_to_a_model_that_does_not_stream(served: Served, same_work
             request = inference_pb2.PredictionsRequest(model_name="reviews", input={"data": json.dumps(body).encode()})
             [answer] = stub.StreamPredictions(request, metadata=served.metadata(), timeout=30)
             assert len(json.loads(answer.prediction)[0]) == 3
+        request.sequence_id = "one"
         with pytest.raises(grpc.RpcError):  # whatever is answered to this one ends TorchServe's worker thread
-            request.sequence_id = "one"
             list(stub.StreamPredictions2(iter([request]), metadata=served.metadata(), timeout=5))
 
 

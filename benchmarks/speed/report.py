@@ -284,9 +284,9 @@ def _processor_time(rounds: Sequence[Round]) -> list[str]:
         ("items-1", f"REST, 1 connection, {ITEMS} texts a request"),
     ]
     for load, title in rows:
-        samples = [sample for r in rounds if (sample := r.sample(OURS, load)) and sample.cpu_ms]
-        if samples:
-            cells = (_number([s.cpu_ms and s.cpu_ms[name] for s in samples], 2) for name in PROCESSES)
+        spent = [sample.cpu_ms for r in rounds if (sample := r.sample(OURS, load)) and sample.cpu_ms]
+        if spent:
+            cells = (_number([cpu_ms[name] for cpu_ms in spent], 2) for name in PROCESSES)
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines if len(lines) > 3 else []
 
