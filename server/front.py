@@ -345,10 +345,18 @@ def reload(nginx: int) -> None:
     Raises ServerError if they do not: then the old ones go on, and nginx's log says what is wrong.
     """
     master = psutil.Process(nginx)
-    before = {child.pid for child in master.children()}
+    before = master.children()
     master.send_signal(signal.SIGHUP)
     deadline = time.monotonic() + _SECONDS_TO_START
-    while not {child.pid for child in master.children()} - before:
+    # The old ones go on taking requests until they say that they are shutting down.
+    while not (set(master.children()) - set(before) and all(map(_is_shutting_down, before))):
         if time.monotonic() > deadline:
             raise ServerError(f"nginx did not reload; {LOGS}/front_error.log has the cause")
         time.sleep(0.02)
+
+
+def _is_shutting_down(process: psutil.Process) -> bool:
+    try:
+        return "shutting down" in " ".join(process.cmdline()) or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

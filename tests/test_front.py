@@ -81,7 +81,10 @@ class Door:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         headers |= options.pop("headers", {})  # type: ignore[arg-type]
         url = f"https://localhost:{self.rest}{path}"
-        return requests.request(method, url, headers=headers, verify=str(self.certificate), timeout=60, **options)  # type: ignore[arg-type]
+        with requests.Session() as session:
+            # The environment may name other certificates to trust.
+            session.trust_env, session.verify = False, str(self.certificate)
+            return session.request(method, url, headers=headers, timeout=60, **options)  # type: ignore[arg-type]
 
     def predict(self, token: str = "") -> requests.Response:
         return self.ask("POST", f"/predictions/{MODEL}", token or self.tokens["predict"], json=BODY)
@@ -138,14 +141,18 @@ class Door:
 
 
 @pytest.fixture(scope="module")
-def door(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+def tiny_store(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("front_store")
+    bundle = Path(shutil.copytree(tiny_bundle, place / MODEL))
+    build_here(bundle, place / "store", MODEL, "openvino")
+    return place / "store"
+
+
+@pytest.fixture(scope="module")
+def door(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     if shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.fail("nginx is missing; on Debian: apt-get install nginx-light")
-    place = tmp_path_factory.mktemp("front")
-    folder, store = place / "serve", place / "store"
-    folder.mkdir()
-    bundle = Path(shutil.copytree(tiny_bundle, place / MODEL))
-    build_here(bundle, store, MODEL, "openvino")
+    folder = tmp_path_factory.mktemp("front")
     config, inner = write_config(folder)
     rest, grpc_port = free_ports(2)
     settings = write_settings(
@@ -157,7 +164,7 @@ def door(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     made["expired"] = tokens.add("old", ["admin"], int(time.time()) - 1, folder / tokens.FILE)
     made["no such"] = f"marble_{'0' * 16}_{'A' * 43}"
     made["other secret"] = made["admin"][:24] + made["predict"][24:]
-    done = serve(folder, store, config, "--front", settings)
+    done = serve(folder, tiny_store, config, "--front", settings)
     try:
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("ready in ")
@@ -391,6 +398,18 @@ def test_a_malformed_request_is_refused(door: Door, head: bytes) -> None:
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "UnreadableRequest"
 
 
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("GET /" + "x" * 9000 + " HTTP/1.1", 414), ("GET /live HTTP/9.9", 505), ("GET /%zz HTTP/1.1", 400)],
+)
+def test_a_first_line_that_is_refused(door: Door, line: str, status: int) -> None:
+    with door.connect() as connection:
+        connection.sendall(f"{line}\r\nHost: x\r\n\r\n".encode())
+        answer = receive(connection)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == status
+
+
 def test_headers_that_are_too_large(door: Door) -> None:
     answer = door.ask("POST", f"/predictions/{MODEL}", door.tokens["predict"], headers={"x": "y" * 9000}, json=BODY)
     assert error_of(answer) == (431, "HeadersTooLarge")
@@ -426,7 +445,7 @@ def test_a_grpc_message_that_is_too_large(door: Door) -> None:
 
 def test_a_client_that_asks_too_often(door: Door) -> None:
     with requests.Session() as session:
-        session.verify = str(door.certificate)
+        session.trust_env, session.verify = False, str(door.certificate)
         session.headers["Authorization"] = f"Bearer {door.tokens['fast']}"
         answers = [session.get(f"https://localhost:{door.rest}/metrics", timeout=60) for _ in range(300)]
     refused = [answer for answer in answers if not answer.ok]
@@ -464,7 +483,7 @@ def test_tokens_come_and_go_while_requests_do(door: Door) -> None:
 
     def keep_asking() -> list[int]:
         with requests.Session() as session:
-            session.verify = str(door.certificate)
+            session.trust_env, session.verify = False, str(door.certificate)
             session.headers["Authorization"] = f"Bearer {asker}"
             url = f"https://localhost:{door.rest}/predictions/{MODEL}"
             statuses = []
@@ -600,12 +619,12 @@ def listens(port: int) -> bool:
         (["--cert", "text.pem", "--key", "text.pem"], "are no pair of PEM certificate and unencrypted key"),
     ],
 )
-def test_certificates_that_are_none(tmp_path: Path, store: Path, options: list[str], words: str) -> None:
+def test_certificates_that_are_none(tmp_path: Path, tiny_store: Path, options: list[str], words: str) -> None:
     (tmp_path / "text.pem").write_text("no certificate\n")
     config, _ = write_config(tmp_path)
     rest, grpc_port = free_ports(2)
     settings = write_settings(tmp_path / "f", rest=f"127.0.0.1:{rest}", grpc=f"127.0.0.1:{grpc_port}")
-    done = serve(tmp_path, store, config, "--models", "reviews", "--front", settings, *options)
+    done = serve(tmp_path, tiny_store, config, "--front", settings, *options)
     assert (done.returncode, done.stdout) == (1, "")
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
