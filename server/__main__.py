@@ -54,10 +54,10 @@ def serve_behind_front(archives: Sequence[Archive], arguments: argparse.Namespac
     """Serves behind the front door, supervised; by a process in the background unless --foreground was given."""
     settings = front.Settings.read(arguments.front)
     check_free(settings.ports())
-    certificate = certificate_of(arguments)
     if not arguments.foreground:
         supervisor.detach(argv)
         return
+    certificate = certificate_of(arguments)
 
     def launch() -> Server:
         server, logs = start(archives, arguments.config, arguments.store, tokens=not arguments.no_auth)
@@ -100,11 +100,11 @@ def certificate_of(arguments: argparse.Namespace) -> front.Certificate:
     if arguments.cert is not None:
         return front.Certificate.given(arguments.cert, arguments.key)
     certificate = front.Certificate.self_signed()
-    if not arguments.foreground:
-        print(
-            f"warning: no --cert and --key: clients must be told to trust the self-signed {certificate.certificate}",
-            file=sys.stderr,
-        )
+    print(
+        f"warning: no --cert and --key: clients must be told to trust the self-signed {certificate.certificate}",
+        file=sys.stderr,
+        flush=True,
+    )
     return certificate
 
 

@@ -1,5 +1,6 @@
 """The front door: a real nginx before TorchServe, rendered from deploy/nginx/front.conf.j2."""
 
+import contextlib
 import datetime
 import grp
 import json
@@ -197,10 +198,8 @@ class State:
         if process is not None:
             process.send_signal(signal.SIGQUIT)
             _, left = psutil.wait_procs([process], timeout=seconds)
-            for survivor in left:
-                for worker in survivor.children():
-                    worker.kill()
-                survivor.kill()
+            if left:
+                _kill_group(self.nginx)
         shutil.rmtree(self.folder, ignore_errors=True)
         STATE.unlink(missing_ok=True)
 
@@ -247,7 +246,10 @@ class Front:
         LOGS.mkdir(exist_ok=True)
         log = LOGS / "front_error.log"
         self._rotate()
-        (self.folder / "nginx.pid").unlink(missing_ok=True)  # of one that was killed
+        # What one that was killed has left: its processes, which still listen, and its file.
+        if self._process is not None:
+            _kill_group(self._process.pid)
+        (self.folder / "nginx.pid").unlink(missing_ok=True)
         with log.open("ab") as errors:
             begun = errors.tell()
             self._process = subprocess.Popen(
@@ -270,9 +272,9 @@ class Front:
         state = State(own.pid, own.create_time(), nginx.pid, nginx.create_time(), str(self.folder))
         tokens.write_private(STATE, json.dumps(asdict(state), indent=2) + "\n")
 
-    def open(self, key: str) -> None:
-        """Lets requests through, with TorchServe's inference key; an empty one if it wants none."""
-        self._write_inner(key)
+    def open(self, key: str | None) -> None:
+        """Lets requests through, with TorchServe's inference key; None if it wants none."""
+        self._write_inner(key or "")
         self.reload()
 
     def close(self) -> None:
@@ -284,7 +286,10 @@ class Front:
         """Has nginx read its configuration, tokens and certificate anew; requests go on meanwhile."""
         if self._process is not None and self._process.poll() is None:
             self._rotate()
-            reload(self._process.pid)
+            try:
+                reload(self._process.pid)
+            except psutil.NoSuchProcess:
+                return  # it has just ended, and reads it all when it is started
 
     def alive(self) -> bool:
         """Whether nginx runs."""
@@ -292,14 +297,11 @@ class Front:
 
     def drain(self) -> None:
         """As `State.drain`, within the time of the settings."""
-        if self._process is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        state = State.read()
-        if state is not None:
+        if self._process is not None and (state := State.read()) is not None:
             # nginx itself cuts off what has not ended by then.
             state.drain(self.settings.drain_seconds + 5)
-        self._process.wait()
+            self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def logs_are_large(self) -> bool:
         """Whether a reload should begin new log files."""
@@ -320,6 +322,12 @@ class Front:
             f'map "" $marble_open {{ default "{0 if key is None else 1}"; }}\n'
         )
         tokens.write_private(self.folder / "inner.conf", text)
+
+
+def _kill_group(leader: int) -> None:
+    """Kills an nginx with all its processes: it was started as the leader of a group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _logs() -> list[Path]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from marble_client import MarbleError, RestClient, find_tokens
+from marble_client import MarbleError, RestClient
 from server.archive import Archive
 from server.torchserve import Logs, Server, ServerError
 
@@ -32,11 +32,8 @@ def wait_until_ready(server: Server, archives: Sequence[Archive], logs: Logs, ti
 
 def answers(server: Server, archive: Archive) -> bool:
     """Whether a worker is READY and has just answered its canary. Raises ServerError if it answers wrongly."""
-    tokens = find_tokens()
     try:
-        with RestClient(
-            server.addresses.inference, server.addresses.management, tokens.inference, tokens.management
-        ) as client:
+        with RestClient(server.addresses.inference, server.addresses.management, *server.keys()) as client:
             if not client.ready(archive.name):
                 return False
             client.canary(archive.name)

@@ -8,12 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from marble_client import find_tokens
 from server.front import STATE, Front, State
 from server.health import Health, HealthServer
 from server.torchserve import LOGS, Server, ServerError
@@ -49,7 +47,7 @@ class Supervisor:
         self._health.checks = checks
         self._health.certificate_ends = self._front.certificate.ends()
         self._service = HealthServer(self._front.folder / "health.sock", self._health)
-        self._front.open(_key())
+        self._front.open(self._server.keys()[0])
         self._front.start()
         LOG.info("open: %s behind REST %s and gRPC %s", ", ".join(self._server.models), *self._addresses())
 
@@ -63,7 +61,7 @@ class Supervisor:
                 self._reload()
             if not self._front.alive():
                 LOG.error("nginx has ended by itself: starting it anew")
-                self._front.start()
+                self._tell_front(self._front.start)
             if self._server.process() is None:
                 self._restart(f"TorchServe (process {self._server.pid}) has ended by itself")
             elif time.monotonic() >= due:
@@ -78,7 +76,8 @@ class Supervisor:
         self._promise(3600)
         LOG.info("draining: no new request is taken, those that came in are answered")
         self._front.drain()
-        self._server.stop()
+        # A server that was being started is another than the one that is known here.
+        (Server.running() or self._server).stop()
         self._service.close()
         LOG.info("stopped")
 
@@ -108,7 +107,7 @@ class Supervisor:
         """Starts TorchServe anew, as often as it takes; the door answers 503 meanwhile."""
         LOG.error("%s: starting it anew", seen)
         began = time.monotonic()
-        self._front.close()
+        self._tell_front(self._front.close)
         orphans = [worker for check in self._health.checks for worker in check.workers]
         self._health.checks = ()
         for attempt in range(1_000_000):
@@ -126,16 +125,23 @@ class Supervisor:
                     self._server = running
                 time.sleep(_BACK_OFF_SECONDS[min(attempt, len(_BACK_OFF_SECONDS) - 1)])
         self._watchdog = Watchdog(self._server, self._timing)
-        self._front.open(_key())
+        self._tell_front(lambda: self._front.open(self._server.keys()[0]))
         LOG.info("ready again after %.1f s (process %d)", time.monotonic() - began, self._server.pid)
         self._round()
 
     def _reload(self) -> None:
         self._reload_asked = False
-        self._front.write_tokens()
-        self._front.reload()
+        self._tell_front(self._front.write_tokens)
+        self._tell_front(self._front.reload)
         self._health.certificate_ends = self._front.certificate.ends()
         LOG.info("reloaded")
+
+    def _tell_front(self, what: Callable[[], None]) -> None:
+        """A door that does not do as it is told (its new certificate is none, say) is no reason to end the server."""
+        try:
+            what()
+        except ServerError as error:
+            LOG.error("%s", error)
 
     def _ask_for_reload(self, _number: int, _frame: FrameType | None) -> None:
         self._reload_asked = True
@@ -145,11 +151,6 @@ class Supervisor:
 
     def _addresses(self) -> tuple[str, str]:
         return self._front.settings.rest, self._front.settings.grpc
-
-
-def _key() -> str:
-    """TorchServe's inference key, or "" if it asks for none."""
-    return find_tokens().inference or "" if Path("key_file.json").exists() else ""
 
 
 def _kill(workers: Sequence[int]) -> None:
@@ -190,30 +191,28 @@ def detach(arguments: Sequence[str]) -> None:
     Raises ServerError with what it said if it ends instead.
     """
     LOGS.mkdir(exist_ok=True)
-    path = LOGS / "supervisor.log"
-    with path.open("wb") as log:
+    output, errors = LOGS / "supervisor.log", LOGS / "supervisor_error.log"
+    with output.open("wb") as out, errors.open("wb") as error:
         process = subprocess.Popen(
             [sys.executable, "-m", "server", "serve", *arguments, "--foreground"],
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=out,
+            stderr=error,
             start_new_session=True,
         )
     try:
-        while not _supervised_by(process.pid):
+        # It says all that it has to say at once, when it is ready.
+        while output.stat().st_size == 0:
             if process.poll() is not None:
-                raise ServerError(path.read_text(encoding="utf-8").strip().removeprefix("scripts/serve: "))
+                said = errors.read_text(encoding="utf-8").strip()
+                raise ServerError(said.rpartition("scripts/serve: ")[2])
             time.sleep(0.1)
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    print(path.read_text(encoding="utf-8"), end="")
-
-
-def _supervised_by(pid: int) -> bool:
-    state = State.read()
-    return state is not None and state.supervisor == pid and state.supervising() is not None
+    print(output.read_text(encoding="utf-8"), end="")
+    print(errors.read_text(encoding="utf-8"), end="", file=sys.stderr)
 
 
 def stop_running() -> bool:

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where the running server of a working directory writes itself down.
 STATE = Path("run/server.json")
 LOGS = Path("logs")
+# What TorchServe writes at each start.
+KEYS = Path("key_file.json")
 _SECONDS_TO_STOP = 30
 
 
@@ -87,6 +89,18 @@ class Server:
         """The JVM, None if it has ended."""
         return find_process(self.pid, self.created)
 
+    @staticmethod
+    def keys() -> tuple[str | None, str | None]:
+        """TorchServe's keys for inference and management, None where it asks for none.
+
+        Of its file alone: MARBLE_TOKEN may hold a client's token, which is not for here.
+        """
+        try:
+            keys = json.loads(KEYS.read_text(encoding="utf-8"))
+            return str(keys["inference"]["key"]), str(keys["management"]["key"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None, None
+
     def stop(self, seconds: float = _SECONDS_TO_STOP) -> None:
         """Ends the server and its workers: politely, then, after `seconds`, by force."""
         process = self.process()
@@ -99,7 +113,7 @@ class Server:
             psutil.wait_procs(left, timeout=5)
         shutil.rmtree(self.scratch, ignore_errors=True)
         STATE.unlink(missing_ok=True)
-        Path("key_file.json").unlink(missing_ok=True)
+        KEYS.unlink(missing_ok=True)
 
 
 def find_process(pid: int, created: float) -> psutil.Process | None:
@@ -134,7 +148,7 @@ def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: boo
     scratch = tempfile.mkdtemp(prefix="marble-")
     LOGS.mkdir(exist_ok=True)
     STATE.parent.mkdir(exist_ok=True)
-    Path("key_file.json").unlink(missing_ok=True)
+    KEYS.unlink(missing_ok=True)
     logs = Logs()
     environment = {
         **os.environ,

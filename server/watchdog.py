@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import requests
 
-from marble_client import MarbleError, RestClient, find_tokens
+from marble_client import MarbleError, RestClient
 from server.torchserve import Server
 
 _MANAGEMENT_SECONDS = 3
@@ -103,7 +103,7 @@ class Watchdog:
 
     def _check(self, model: str) -> Check:
         """Asks the management API for the model's workers, and the model for its canary."""
-        keys = find_tokens()
+        inference, management = self._server.keys()
         managed = True
         workers: list[int] = []
         try:
@@ -112,7 +112,7 @@ class Watchdog:
                 session.trust_env = False
                 reply = session.get(
                     f"{self._server.addresses.management}/models/{model}",
-                    headers={"Authorization": f"Bearer {keys.management}"},
+                    headers={"Authorization": f"Bearer {management}"},
                     timeout=_MANAGEMENT_SECONDS,
                 )
             workers = ready_workers(reply.json())
@@ -122,9 +122,7 @@ class Watchdog:
             why = "no worker is READY" if managed else "TorchServe's management does not answer"
             return Check(model, workers, why, time.monotonic(), managed)
         try:
-            with RestClient(
-                self._server.addresses.inference, token=keys.inference, timeout=self._timing.within
-            ) as client:
+            with RestClient(self._server.addresses.inference, token=inference, timeout=self._timing.within) as client:
                 client.canary(model)
         except MarbleError as error:
             return Check(model, workers, error.message, time.monotonic(), wrong=error.type == "WrongAnswer")

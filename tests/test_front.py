@@ -6,6 +6,7 @@ They go in the order they are written in: the last ones stop a worker, kill Torc
 import concurrent.futures
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -34,6 +35,8 @@ from server.watchdog import Check, End, Restart, Timing, _Health, judge
 
 MODEL = "small"
 BODY = {"inputs": "good"}
+# A token of each role, named as it.
+OWN = tuple(zip(tokens.ROLES, tokens.ROLES, strict=True))
 # The limits of this door: a client has 200 requests and then one a second, four at a time, of 100 kB at most.
 LIMITS = {
     "client_rate": 1,
@@ -159,7 +162,7 @@ def door(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         folder / "f.properties", rest=f"127.0.0.1:{rest}", grpc=f"127.0.0.1:{grpc_port}", **LIMITS
     )
     made = {}
-    for name, role in (*zip(tokens.ROLES, tokens.ROLES, strict=True), ("watch", "admin"), ("fast", "metrics")):
+    for name, role in (*OWN, ("watch", "admin"), ("fast", "metrics"), ("mutant", "predict")):
         made[name] = succeeded(token_command(folder, "add", name, "--role", role)).strip()
     made["expired"] = tokens.add("old", ["admin"], int(time.time()) - 1, folder / tokens.FILE)
     made["no such"] = f"marble_{'0' * 16}_{'A' * 43}"
@@ -279,6 +282,27 @@ def test_every_grpc_method_with_every_kind_of_token(door: Door, method: str) -> 
 def test_no_other_grpc_method_is_served(door: Door, method: str) -> None:
     message = grpc_messages()[PREDICTIONS]
     assert door.call(method, message, door.tokens["admin"])[0] is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_broken_protobufs_hurt_nobody(door: Door) -> None:
+    """A model named twice, a message cut off, bytes changed: whatever the answer, the next request is served."""
+    good = grpc_messages()[PREDICTIONS]
+    source = random.Random(5)
+    broken = [good + b"\x0a\x05other", b"\x0a\xff\xff\xff\xff\x0f", *(good[:cut] for cut in range(0, len(good), 6))]
+    for _ in range(40):
+        changed = bytearray(good)
+        changed[source.randrange(len(good))] = source.randrange(256)
+        broken.append(bytes(changed))
+    before = door.workers()
+    with door.channel() as channel:
+        call = channel.unary_unary(PREDICTIONS)
+        for message in broken:
+            try:
+                call(message, metadata=[("authorization", f"Bearer {door.tokens['mutant']}")], timeout=20)
+            except grpc.RpcError as error:
+                assert error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED, message
+    assert door.predict().ok
+    assert door.workers() == before
 
 
 @pytest.mark.parametrize(
@@ -531,6 +555,7 @@ def test_live_and_ready_need_no_token(door: Door) -> None:
     assert door.ask("GET", "/ready").json() == {"ready": True}
     report = door.status()
     assert report["restarts"] == 0
+    assert str(report["certificate_ends"]) > time.strftime("%Y")
     assert len(door.workers()) == 1
 
 
@@ -598,6 +623,27 @@ def test_shutting_down_loses_no_request(door: Door) -> None:
         "self-signed.pem",
         "tokens.json",
     ]
+
+
+def test_the_same_tokens_after_a_restart_and_what_is_killed(door: Door, tiny_store: Path) -> None:
+    """nginx is started anew by its supervisor; scripts/stop cleans up after a supervisor that was killed."""
+    config, settings = door.folder / "config.properties", door.folder / "f.properties"
+    succeeded(serve(door.folder, tiny_store, config, "--front", settings))
+    assert door.predict().ok
+    assert error_of(door.predict(door.tokens["expired"])) == (401, "Unauthorized")
+    assert "is running already" in serve(door.folder, tiny_store, config, "--front", settings).stderr
+
+    killed = door.state("front")["nginx"]
+    os.kill(killed, signal.SIGKILL)  # type: ignore[arg-type]
+    door.wait_until(lambda: door.state("front")["nginx"] != killed)
+    assert door.predict().ok
+
+    state = door.state("front")
+    os.kill(state["supervisor"], signal.SIGKILL)  # type: ignore[arg-type]
+    assert error_of(door.ask("GET", "/ready"))[0] == 503
+    assert "whose supervisor was gone" in succeeded(stop(door.folder))
+    assert list((door.folder / "run").iterdir()) == []
+    assert not any(map(listens, (door.rest, door.grpc, *door.inner)))
 
 
 def listens(port: int) -> bool:
