@@ -293,16 +293,10 @@ def test_broken_protobufs_hurt_nobody(door: Door) -> None:
         changed = bytearray(good)
         changed[source.randrange(len(good))] = source.randrange(256)
         broken.append(bytes(changed))
-    late: list[bytes] = []
     before = door.workers()
-    with door.channel() as channel:
-        call = channel.unary_unary(PREDICTIONS)
-        for message in broken:
-            try:
-                call(message, metadata=[("authorization", f"Bearer {door.tokens['mutant']}")], timeout=20)
-            except grpc.RpcError as error:
-                late += [message] * (error.code() is grpc.StatusCode.DEADLINE_EXCEEDED)
-    assert not late
+    codes = {door.call(PREDICTIONS, message, door.tokens["mutant"])[0] for message in broken}
+    assert codes > {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL}
+    assert grpc.StatusCode.DEADLINE_EXCEEDED not in codes
     assert door.predict().ok
     assert door.workers() == before
 
@@ -541,12 +535,12 @@ def test_no_token_is_written_down(door: Door) -> None:
 
 
 def test_the_log_has_who_asked_and_no_text(door: Door) -> None:
-    door.ask("POST", f"/predictions/{MODEL}?secret=9f3a", door.tokens["predict"], json={"inputs": "a text 9f3a"})
+    door.ask("POST", f"/predictions/{MODEL}?secret=planted", door.tokens["predict"], json={"inputs": "a planted text"})
     log = door.folder / "logs" / "front_access.log"
     door.wait_until(lambda: '"client":"predict"' in log.read_text())
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {"status", "path", "request", "seconds"} <= lines[0].keys()
-    assert "9f3a" not in log.read_text()
+    assert "planted" not in log.read_text()
 
 
 # --- Health ----------------------------------------------------------------------------------------------------------
