@@ -69,7 +69,7 @@ def check_private_key(path: Path) -> None:
     except OSError as error:
         raise UserError(f"--sign {path}: cannot be read ({error.strerror}); docs/trust.md: how to make a key") from None
     if b"PUBLIC KEY" in content:
-        raise UserError(f"--sign {path}: this is a public key; give the private one")
+        raise UserError(f"--sign {path}: this is a public key, for scripts/serve --trust; give the private one")
     try:
         key = load_pem_private_key(content, None)
     except TypeError:

@@ -15,10 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from server import front, supervisor, tokens
+from server import front, supervisor, tokens, trust
 from server.archive import Archive, ArchiveError, verify
 from server.readiness import wait_until_ready
-from server.torchserve import ROOT, Addresses, Server, ServerError, check_free, start
+from server.torchserve import ROOT, Addresses, Server, ServerError, check_free, read_properties, start
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -27,16 +27,20 @@ def serve(argv: Sequence[str]) -> None:
     config = arguments.config
     if not config.is_file():
         raise ServerError(f"--config {config}: there is no such file")
+    arguments.trust = arguments.trust or trusted_by(config)
     archives = [verify(name, arguments.store / file) for name, file in chosen(arguments)]
     check_no_other(config)
     if arguments.front is not None:
         serve_behind_front(archives, arguments, argv)
         return
+    archives = admitted(archives, arguments)
     started = time.monotonic()
     server, logs = start(archives, config, arguments.store, tokens=not arguments.no_auth)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         wait_until_ready(server, archives, logs, arguments.timeout)
+        if arguments.trust is not None:
+            trust.remember(archives)
         print(f"ready in {time.monotonic() - started:.1f} s: {', '.join(server.models)}")
         print(
             f"REST {server.addresses.inference}/predictions/NAME   gRPC {server.addresses.grpc}   process {server.pid}"
@@ -50,7 +54,7 @@ def serve(argv: Sequence[str]) -> None:
         raise
 
 
-def serve_behind_front(archives: Sequence[Archive], arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """Serves behind the front door, supervised; by a process in the background unless --foreground was given."""
     settings = front.Settings.read(arguments.front)
     check_free(settings.ports())
@@ -58,10 +62,13 @@ def serve_behind_front(archives: Sequence[Archive], arguments: argparse.Namespac
         supervisor.detach(argv)
         return
     certificate = certificate_of(arguments)
+    archives = admitted(archives, arguments)
 
     def launch() -> Server:
         server, logs = start(archives, arguments.config, arguments.store, tokens=not arguments.no_auth)
         wait_until_ready(server, archives, logs, arguments.timeout)
+        if arguments.trust is not None:
+            trust.remember(archives)
         return server
 
     supervisor.log_to_file()
@@ -91,6 +98,20 @@ def serve_behind_front(archives: Sequence[Archive], arguments: argparse.Namespac
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # it is stopping, and no faster for a second word
         watch.stop()
+
+
+def trusted_by(config: Path) -> Path | None:
+    """The key that `marble_trust` names in a config.properties; TorchServe itself does not know that setting."""
+    value = read_properties(config).get("marble_trust")
+    return Path(value) if value else None
+
+
+def admitted(archives: list[Archive], arguments: argparse.Namespace) -> list[Archive]:
+    """Where a key is trusted: verified copies in a private store, which becomes that of the arguments."""
+    if arguments.trust is None:
+        return archives
+    arguments.store = trust.STORE
+    return trust.admit(archives, arguments.trust, allow_downgrade=arguments.allow_downgrade)
 
 
 def certificate_of(arguments: argparse.Namespace) -> front.Certificate:
@@ -186,6 +207,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", metavar="N=N.mar", help="archives to serve (default: all)")
     parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder of the archives")
     parser.add_argument("--config", type=Path, default=ROOT / "config.properties", help="TorchServe's settings")
+    parser.add_argument(
+        "--trust", type=Path, metavar="PUBKEY", help="serve only what this key has signed: docs/trust.md"
+    )
+    parser.add_argument("--allow-downgrade", action="store_true", help="with --trust: versions older than the last one")
     parser.add_argument("--no-auth", action="store_true", help="ask for no tokens: behind a proxy that does")
     parser.add_argument(
         "--front",

@@ -32,6 +32,16 @@ class ServerError(Exception):
     """The server cannot be started or did not become ready. The message names the cause."""
 
 
+def read_properties(path: Path) -> dict[str, str]:
+    """The keys and values of a `.properties` file."""
+    keys = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, separator, value = line.partition("=")
+        if separator and not line.lstrip().startswith("#"):
+            keys[name.strip()] = value.strip()
+    return keys
+
+
 @dataclass(frozen=True, slots=True)
 class Addresses:
     """Where the server listens: URLs for REST, host:port for gRPC."""
@@ -45,11 +55,7 @@ class Addresses:
     @classmethod
     def read(cls, config: Path) -> "Addresses":
         """From a `config.properties`; TorchServe's own defaults for what it does not say."""
-        keys = {}
-        for line in config.read_text(encoding="utf-8").splitlines():
-            name, separator, value = line.partition("=")
-            if separator and not line.lstrip().startswith("#"):
-                keys[name.strip()] = value.strip()
+        keys = read_properties(config)
         return cls(
             keys.get("inference_address", "http://127.0.0.1:8080"),
             keys.get("management_address", "http://127.0.0.1:8081"),

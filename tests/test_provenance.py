@@ -141,7 +141,7 @@ def test_wrong_key_files(tmp_path: Path, kind: str, words: str) -> None:
         sign.check_private_key(key)
 
 
-LINK = zipfile.ZipInfo("link")
+LINK = zipfile.ZipInfo("link.json")
 LINK.external_attr = 0o120777 << 16
 PACKED = zipfile.ZipInfo("zeros.json")
 PACKED.compress_type = zipfile.ZIP_DEFLATED
