@@ -72,8 +72,8 @@ class _Worker:
 
 
 @dataclass(slots=True)
-class _Health:
-    """What is remembered of a model between checks."""
+class History:
+    """What is remembered of a model between checks. Times are those of time.monotonic()."""
 
     well_at: float
     wrong: int = 0
@@ -90,7 +90,7 @@ class Watchdog:
         self._server = server
         self._timing = timing
         now = time.monotonic()
-        self._models = {name: _Health(now) for name in server.models}
+        self._models = {name: History(now) for name in server.models}
 
     def round(self) -> tuple[list[Check], list[Restart | End]]:
         """Checks all models at once; returns what was found and what to do about it."""
@@ -147,42 +147,42 @@ def ready_workers(description: Sequence[Mapping[str, Any]]) -> list[int]:
     return [worker["pid"] for version in description for worker in version["workers"] if worker["status"] == "READY"]
 
 
-def judge(check: Check, health: _Health, timing: Timing, cpu_seconds: Mapping[int, float]) -> list[Restart | End]:
-    """What to do after a check; `health` takes note of it. cpu_seconds: of the model's READY workers, by process id."""
+def judge(check: Check, history: History, timing: Timing, cpu_seconds: Mapping[int, float]) -> list[Restart | End]:
+    """What to do after a check, of which `history` takes note. cpu_seconds: of the READY workers, by process id."""
     now = check.at
     for pid, spent in cpu_seconds.items():
-        known = health.workers.get(pid)
+        known = history.workers.get(pid)
         idle = known is not None and spent - known.cpu_seconds <= _IDLE_SHARE * (now - known.at)
         quiet_since = known.quiet_since if known is not None and idle else now
-        health.workers[pid] = _Worker(spent, now, quiet_since)
-    health.workers = {pid: worker for pid, worker in health.workers.items() if pid in cpu_seconds}
+        history.workers[pid] = _Worker(spent, now, quiet_since)
+    history.workers = {pid: worker for pid, worker in history.workers.items() if pid in cpu_seconds}
     if check.managed:
-        health.unmanaged_since = None
-    elif health.unmanaged_since is None:
-        health.unmanaged_since = now
+        history.unmanaged_since = None
+    elif history.unmanaged_since is None:
+        history.unmanaged_since = now
     if check.fault is None:
-        health.well_at, health.wrong, health.ended = now, 0, 0
+        history.well_at, history.wrong, history.ended = now, 0, 0
         return []
-    unwell = now - health.well_at
-    health.wrong = health.wrong + 1 if check.wrong else 0
-    if health.unmanaged_since is not None:
-        if now - health.unmanaged_since >= timing.silent:
-            return [Restart(f"TorchServe's management has not answered for {now - health.unmanaged_since:.0f} s")]
+    unwell = now - history.well_at
+    history.wrong = history.wrong + 1 if check.wrong else 0
+    if history.unmanaged_since is not None:
+        if now - history.unmanaged_since >= timing.silent:
+            return [Restart(f"TorchServe's management has not answered for {now - history.unmanaged_since:.0f} s")]
         return []
-    if health.ended >= _WORKERS_ENDED or (not health.workers and unwell >= timing.stuck):
+    if history.ended >= _WORKERS_ENDED or (not history.workers and unwell >= timing.stuck):
         return [Restart(f"{check.model!r} has had no worker that answers for {unwell:.0f} s: {check.fault}")]
-    if health.wrong >= _WRONG_ANSWERS:
-        why, culprits = "gives wrong answers", list(health.workers)
+    if history.wrong >= _WRONG_ANSWERS:
+        why, culprits = "gives wrong answers", list(history.workers)
     elif unwell >= timing.stuck:
-        why, culprits = f"has answered nothing for {unwell:.0f} s", list(health.workers)
+        why, culprits = f"has answered nothing for {unwell:.0f} s", list(history.workers)
     elif unwell >= timing.silent:
         # One that computes may have a queue before it; one that does not has stopped, or waits for what never comes.
-        culprits = [pid for pid, worker in health.workers.items() if now - worker.quiet_since >= timing.silent]
+        culprits = [pid for pid, worker in history.workers.items() if now - worker.quiet_since >= timing.silent]
         why = f"is READY, has answered nothing and computed nothing for {timing.silent:g} s"
     else:
         return []
     if culprits:
         # Those that take their place have the same time again.
-        health.well_at, health.wrong, health.workers = now, 0, {}
-        health.ended += 1
+        history.well_at, history.wrong, history.workers = now, 0, {}
+        history.ended += 1
     return [End(pid, f"worker {pid} of {check.model!r} {why} ({check.fault})") for pid in culprits]
