@@ -27,11 +27,14 @@ def serve(argv: Sequence[str]) -> None:
     config = arguments.config
     if not config.is_file():
         raise ServerError(f"--config {config}: there is no such file")
+    if arguments.front is not None and not arguments.foreground:
+        supervisor.detach(argv)  # a process of its own, which does the rest
+        return
     arguments.trust = arguments.trust or trusted_by(config)
     archives = [verify(name, arguments.store / file) for name, file in chosen(arguments)]
     check_no_other(config)
     if arguments.front is not None:
-        serve_behind_front(archives, arguments, argv)
+        serve_behind_front(archives, arguments)
         return
     archives = admitted(archives, arguments)
     started = time.monotonic()
@@ -54,13 +57,10 @@ def serve(argv: Sequence[str]) -> None:
         raise
 
 
-def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Serves behind the front door, supervised; by a process in the background unless --foreground was given."""
+def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace) -> None:
+    """Serves behind the front door, supervised, until a signal ends it."""
     settings = front.Settings.read(arguments.front)
     check_free(settings.ports())
-    if not arguments.foreground:
-        supervisor.detach(argv)
-        return
     certificate = certificate_of(arguments)
     archives = admitted(archives, arguments)
 

@@ -23,7 +23,7 @@ import jinja2
 import psutil
 
 from server import tokens
-from server.torchserve import LOGS, ROOT, Addresses, ServerError, find_process
+from server.torchserve import LOGS, ROOT, Addresses, ServerError, find_process, read_properties
 
 # Where the front door of a working directory writes itself down.
 STATE = Path("run/front.json")
@@ -60,14 +60,9 @@ class Settings:
     def read(cls, path: Path) -> "Settings":
         """From a file of `key=value`. Raises ServerError, naming the key, for what is missing, unknown or no number."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            given = read_properties(path)
         except FileNotFoundError:
             raise ServerError(f"--front {path}: there is no such file") from None
-        given = {}
-        for line in lines:
-            name, separator, value = line.partition("=")
-            if separator and not line.lstrip().startswith("#"):
-                given[name.strip()] = value.strip()
         kinds = {field.name: field.type for field in fields(cls)}
         if wrong := given.keys() ^ kinds.keys():
             raise ServerError(f"{path}: missing or unknown: {', '.join(sorted(wrong))}; front.properties has all keys")

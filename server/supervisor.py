@@ -1,5 +1,6 @@
 """Keeps a front door and a TorchServe running together, and stops them in the order that loses no request."""
 
+import itertools
 import json
 import logging
 import logging.handlers
@@ -14,7 +15,7 @@ import psutil
 
 from server.front import STATE, Front, State
 from server.health import Health, HealthServer
-from server.torchserve import LOGS, Server, ServerError
+from server.torchserve import LOGS, Server, ServerError, is_worker
 from server.watchdog import End, Restart, Timing, Watchdog
 
 LOG = logging.getLogger("watchdog")
@@ -110,7 +111,7 @@ class Supervisor:
         self._tell_front(self._front.close)
         orphans = [worker for check in self._health.checks for worker in check.workers]
         self._health.checks = ()
-        for attempt in range(1_000_000):
+        for attempt in itertools.count():
             self._promise(self._launch_seconds + _ROUND_SECONDS + _BACK_OFF_SECONDS[-1])
             self._health.restarts += 1
             try:
@@ -158,7 +159,7 @@ def _kill(workers: Sequence[int]) -> None:
     for worker in workers:
         try:
             process = psutil.Process(worker)
-            if any("model_service_worker" in part for part in process.cmdline()):
+            if is_worker(process):
                 process.kill()
         except psutil.NoSuchProcess:
             pass

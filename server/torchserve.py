@@ -132,6 +132,11 @@ def find_process(pid: int, created: float) -> psutil.Process | None:
         return None
 
 
+def is_worker(process: psutil.Process) -> bool:
+    """Whether a process is a worker of a TorchServe. Raises psutil.NoSuchProcess if it has ended."""
+    return any("model_service_worker" in part for part in process.cmdline())
+
+
 def check_free(ports: Sequence[tuple[str, int]]) -> None:
     """Raises ServerError, naming the port, if another program listens where the server wants to."""
     for host, port in ports:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from archiver import pack, sign
 from server.archive import Archive, ArchiveError, verify
+from server.tokens import write_private
 from training.errors import UserError
 
 # Of the running server; its owner alone may read it.
@@ -46,9 +47,7 @@ def remember(archives: Sequence[Archive]) -> None:
     """Writes down the versions that are served now."""
     models = (pack.manifest(archive.path)["model"] for archive in archives)
     versions = {**_versions(), **{model["modelName"]: model["modelVersion"] for model in models}}
-    new = VERSIONS.with_suffix(".new")
-    new.write_text(json.dumps(versions, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    new.replace(VERSIONS)
+    write_private(VERSIONS, json.dumps(versions, indent=2, sort_keys=True) + "\n")
 
 
 def check_public_key(path: Path) -> None:
@@ -118,13 +117,11 @@ def _check_manifest(archive: Archive, copy: Path) -> None:
     try:
         said = json.loads(copy.with_name(copy.stem + sign.MANIFEST_SUFFIX).read_text(encoding="utf-8"))
         model = pack.manifest(copy)["model"]
-        alike = (said["name"], said["version"]) == (model["modelName"], model["modelVersion"])
-        alike = (
-            alike and said["name"] == copy.stem and said["sha256"][copy.name] == sign.checksum(copy).read_text()[:64]
-        )
+        claimed = (said["name"], said["name"], said["version"], said["sha256"][copy.name])
+        found = (copy.stem, model["modelName"], model["modelVersion"], sign.checksum(copy).read_text()[:64])
     except (ValueError, KeyError, TypeError, UserError) as error:
         raise ArchiveError(f"{archive.path}: its manifest is not readable ({error}); build it again") from None
-    if not alike:
+    if claimed != found:
         raise ArchiveError(f"{archive.path}: its manifest names another archive; do not rename signed archives")
 
 

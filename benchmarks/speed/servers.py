@@ -20,6 +20,7 @@ import psutil
 import requests
 
 from benchmarks.speed.peers import OFFLINE, ROOT, SERVERS, Peer, Unavailable
+from server.torchserve import is_worker
 
 SECONDS_TO_START = 180
 _SECONDS_TO_STOP = 20
@@ -137,8 +138,7 @@ class Server:
         found = {"worker": 0.0, "server": 0.0}
         for process in self._family():
             with contextlib.suppress(psutil.Error):  # it has just ended
-                worker = any("model_service_worker" in part for part in process.cmdline())
-                found["worker" if worker else "server"] += sum(process.cpu_times()[:2])
+                found["worker" if is_worker(process) else "server"] += sum(process.cpu_times()[:2])
         return found
 
     def _answers(self) -> bool:

@@ -12,6 +12,7 @@ import requests
 from benchmarks.speed.peers import Unavailable
 from benchmarks.speed.servers import Server
 from server.torchserve import Addresses
+from server.watchdog import ready_workers
 
 _SECONDS_TO_RETURN = 60
 
@@ -39,21 +40,19 @@ def restart(server: Server) -> Restart:
     session.headers["Authorization"] = f"Bearer {key}"
     url = f"{management}/models/{server.url.rpartition('/')[2]}"
 
-    def ready() -> int | None:
-        """Process id of the worker, if it is READY."""
-        [worker] = session.get(url, timeout=10).json()[0]["workers"]
-        return int(worker["pid"]) if worker["status"] == "READY" else None
+    def ready() -> list[int]:
+        return ready_workers(session.get(url, timeout=10).json())
 
     old = ready()
-    if old is None:
+    if not old:
         raise Unavailable("its worker is not READY")
-    process = psutil.Process(old)
+    process = psutil.Process(old[0])
     killed = time.time()
     process.kill()
     while time.time() - killed < _SECONDS_TO_RETURN:
         new = ready()
-        if new not in (None, old):
-            now, worker = time.time(), psutil.Process(new)
+        if new not in ([], old):
+            now, worker = time.time(), psutil.Process(new[0])
             return Restart(now - worker.create_time(), now - killed, worker.memory_info().rss / 1e6)
         time.sleep(0.01)
     raise Unavailable(f"its worker is not back {_SECONDS_TO_RETURN} s after it was killed")
