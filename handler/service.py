@@ -334,13 +334,13 @@ def _write_metrics(model: Model, totals: Totals) -> None:
     """Says on stdout what has been added to each metric, in the lines that TorchServe's frontend looks for there.
 
     deploy/metrics.yaml declares the metrics; TorchServe goes by the order of the labels, and takes the values apart at
-    these characters.
+    these characters; it knows no exponent with a plus, which repr writes from 1e16 on.
     """
     end = f"|#hostname:{socket.gethostname()},{int(time.time())}\n"
     lines = []
     for series, value in totals.items():
         labels = ",".join(f"{name}:{_UNSAFE.sub('_', text) or '_'}" for name, text in labels_of(series, model).items())
-        lines.append(f"[METRICS]{series[0]}.unit:{value:.9g}|#{labels}{end}")
+        lines.append(f"[METRICS]{series[0]}.unit:{float(value)!r}|#{labels}{end}")
     # In one piece, so that no other line can come between.
     sys.stdout.write("".join(lines))
     sys.stdout.flush()
