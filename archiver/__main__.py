@@ -10,13 +10,14 @@ import argparse
 import fcntl
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from archiver import pack, source
+from archiver import bom, pack, sign, source
 from archiver.optimise import Optimiser
 from handler.backends import PRECISIONS
 from handler.digests import sha256
@@ -26,6 +27,8 @@ from training.interrupts import end_if_interrupted, remembered
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
+    if arguments.sign:
+        sign.check_private_key(arguments.sign)  # before the minutes that a build may take
     bundle = source.check(arguments.bundle)
     name = arguments.bundle.resolve().name if arguments.name is None else arguments.name
     check_name(name)
@@ -52,18 +55,24 @@ def main(argv: list[str]) -> None:
             work=work / "pack",
             target=built,
         )
+        sign.write_checksum(built)
+        built.with_name(name + bom.SUFFIX).write_text(bom.render(arguments.bundle, built), encoding="utf-8")
+        if arguments.sign:
+            sign.sign(built, arguments.sign)
         end_if_interrupted()
         with locked(arguments.store):
             publish(built, target, arguments.version, force=arguments.force)
     size = target.stat().st_size / 1e6
     print(f"{target}: version {arguments.version}, {choice.backend} {choice.precision}, {size:.1f} MB")
+    if arguments.sign:
+        print(f"signed with {arguments.sign}")
     print(f"sha256 {sha256(target)}")
     print(f"next: scripts/serve --models {name}={target.name}")
 
 
 def publish(built: Path, target: Path, version: str, *, force: bool) -> None:
-    """Moves a built archive into the store, with its `.sha256`. Raises UserError before it would replace another one
-    of the same version."""
+    """Moves a built archive into the store, with the files beside it. Raises UserError before it would replace another
+    one of the same version."""
     if target.exists() and not force and sha256(target) != sha256(built):
         try:
             present = pack.manifest(target)["model"]["modelVersion"]
@@ -75,10 +84,13 @@ def publish(built: Path, target: Path, version: str, *, force: bool) -> None:
             )
         print(f"{target}: version {present} is replaced")
     # Copied beside the target first: a rename within one folder is the only step that can be seen.
-    for suffix, content in (("", built.read_bytes()), (".sha256", f"{sha256(built)}  {target.name}\n".encode())):
-        partial = target.with_name(f".{target.name}{suffix}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, target.with_name(target.name + suffix))
+    for source_file, place in zip(sign.files(built), sign.files(target), strict=True):
+        if source_file.exists():
+            partial = place.with_name(f".{place.name}.partial")
+            shutil.copyfile(source_file, partial)
+            os.replace(partial, place)
+        else:
+            place.unlink(missing_ok=True)  # the signature of an archive that is replaced by an unsigned one
 
 
 @contextmanager
@@ -132,6 +144,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-drop", type=float, default=0.5, help="points of the validation metric that may be lost (default: 0.5)"
     )
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="private key (PEM, P-256) to sign with: docs/trust.md")
     parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder to write to")
     parser.add_argument("--force", action="store_true", help="replace an archive of the same version; ignore the gate")
     return parser.parse_args(argv)

@@ -94,6 +94,8 @@ class Converter:
         import openvino
         import torch
 
+        from archiver import rewrite
+
         try:
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # tracing warns of every shape it fixes; the gate checks what comes out
@@ -113,7 +115,7 @@ class Converter:
             port.get_tensor().set_names({name})
             port.get_node().set_partial_shape(openvino.PartialShape(list(shapes[name])))
         converted.validate_nodes_and_infer_types()
-        return converted
+        return rewrite.select_early(converted)
 
     @cached_property
     def _model(self) -> Any:

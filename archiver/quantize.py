@@ -10,6 +10,8 @@ from typing import Any
 
 import openvino
 
+from archiver.rewrite import look_up_in_int8
+
 # NNCF would report its use to its makers; nothing leaves the machine that builds an archive.
 os.environ["NNCF_CI"] = "1"
 import nncf
@@ -22,7 +24,8 @@ _MOST_RESTORED = 12
 def quantize(model: openvino.Model, batches: Sequence[Any]) -> openvino.Model:
     """The model with int8 weights and activations. batches: arrays by input name, as `Inputs.collate` gives them."""
     with _quiet():
-        return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), model_type=_model_type(model))
+        quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches), model_type=_model_type(model))
+    return look_up_in_int8(quantized)
 
 
 def quantize_with_accuracy_control(
@@ -40,10 +43,11 @@ def quantize_with_accuracy_control(
         return metric(compiled), None
 
     with _quiet():
-        return nncf.quantize_with_accuracy_control(
+        quantized = nncf.quantize_with_accuracy_control(
             model,
             nncf.Dataset(batches),
-            nncf.Dataset(batches),  # not looked at: `metric` has the validation set
+            # Not looked at: `metric` has the validation set. One, because it is called for each.
+            nncf.Dataset(batches[:1]),
             validate,
             max_drop=max_drop,
             subset_size=len(batches),
@@ -52,6 +56,7 @@ def quantize_with_accuracy_control(
                 max_num_iterations=_MOST_RESTORED
             ),
         )
+    return look_up_in_int8(quantized)
 
 
 def _model_type(model: openvino.Model) -> nncf.ModelType | None:

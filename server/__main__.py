@@ -3,9 +3,11 @@
 scripts/serve                                   every archive of model_store/
 scripts/serve --models reviews=reviews.mar      one of them
 scripts/serve --config my.properties --no-auth --foreground
+scripts/serve --front                           behind nginx, with a watchdog: docs/front-door.md
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -13,11 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from marble_client import MarbleError, RestClient, find_tokens
+from server import front, supervisor, tokens, trust
 from server.archive import Archive, ArchiveError, verify
-from server.torchserve import ROOT, Addresses, Logs, Server, ServerError, check_free, start
-
-_POLL_SECONDS = 0.1
+from server.readiness import wait_until_ready
+from server.torchserve import ROOT, Addresses, Server, ServerError, check_free, read_properties, start
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -26,13 +27,20 @@ def serve(argv: Sequence[str]) -> None:
     config = arguments.config
     if not config.is_file():
         raise ServerError(f"--config {config}: there is no such file")
+    arguments.trust = arguments.trust or trusted_by(config)
     archives = [verify(name, arguments.store / file) for name, file in chosen(arguments)]
     check_no_other(config)
+    if arguments.front is not None:
+        serve_behind_front(archives, arguments, argv)
+        return
+    archives = admitted(archives, arguments)
     started = time.monotonic()
     server, logs = start(archives, config, arguments.store, tokens=not arguments.no_auth)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         wait_until_ready(server, archives, logs, arguments.timeout)
+        if arguments.trust is not None:
+            trust.remember(archives)
         print(f"ready in {time.monotonic() - started:.1f} s: {', '.join(server.models)}")
         print(
             f"REST {server.addresses.inference}/predictions/NAME   gRPC {server.addresses.grpc}   process {server.pid}"
@@ -46,6 +54,81 @@ def serve(argv: Sequence[str]) -> None:
         raise
 
 
+def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Serves behind the front door, supervised; by a process in the background unless --foreground was given."""
+    settings = front.Settings.read(arguments.front)
+    check_free(settings.ports())
+    if not arguments.foreground:
+        supervisor.detach(argv)
+        return
+    certificate = certificate_of(arguments)
+    archives = admitted(archives, arguments)
+
+    def launch() -> Server:
+        server, logs = start(archives, arguments.config, arguments.store, tokens=not arguments.no_auth)
+        wait_until_ready(server, archives, logs, arguments.timeout)
+        if arguments.trust is not None:
+            trust.remember(archives)
+        return server
+
+    supervisor.log_to_file()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    started = time.monotonic()
+    door = None
+    try:
+        server = launch()
+        door = front.Front(settings, certificate, server.addresses, list(server.models))
+        watch = supervisor.Supervisor(server, door, launch, arguments.timeout)
+        watch.open()
+    except BaseException:
+        if door is not None:
+            door.drain()
+        if running := Server.running():
+            running.stop()
+        raise
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    try:
+        print(f"ready in {time.monotonic() - started:.1f} s: {', '.join(server.models)}")
+        print(f"REST https://{settings.rest}/predictions/NAME   gRPC {settings.grpc} (TLS)   process {os.getpid()}")
+        print(f"tokens: {len(tokens.read())}; scripts/token makes and revokes them")
+        sys.stdout.flush()
+        watch.stay()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # it is stopping, and no faster for a second word
+        watch.stop()
+
+
+def trusted_by(config: Path) -> Path | None:
+    """The key that `marble_trust` names in a config.properties; TorchServe itself does not know that setting."""
+    value = read_properties(config).get("marble_trust")
+    return Path(value) if value else None
+
+
+def admitted(archives: list[Archive], arguments: argparse.Namespace) -> list[Archive]:
+    """Where a key is trusted: verified copies in a private store, which becomes that of the arguments."""
+    if arguments.trust is None:
+        return archives
+    arguments.store = trust.STORE
+    return trust.admit(archives, arguments.trust, allow_downgrade=arguments.allow_downgrade)
+
+
+def certificate_of(arguments: argparse.Namespace) -> front.Certificate:
+    """The one given, or a self-signed one with a warning."""
+    if (arguments.cert is None) != (arguments.key is None):
+        raise ServerError("--cert and --key go together")
+    if arguments.cert is not None:
+        return front.Certificate.given(arguments.cert, arguments.key)
+    certificate = front.Certificate.self_signed()
+    print(
+        f"warning: no --cert and --key: clients must be told to trust the self-signed {certificate.certificate}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return certificate
+
+
 def check_no_other(config: Path) -> None:
     """Raises ServerError if a server of this folder is running, or another program has one of its ports."""
     if running := Server.running():
@@ -53,44 +136,7 @@ def check_no_other(config: Path) -> None:
             f"a server started from this folder is running already (process {running.pid}, models "
             f"{', '.join(running.models)}); stop it with scripts/stop"
         )
-    check_free(Addresses.read(config))
-
-
-def wait_until_ready(server: Server, archives: Sequence[Archive], logs: Logs, timeout: float) -> None:
-    """Returns when every model has a READY worker that answers its canary as the golden set says.
-
-    Raises ServerError, with the cause, if the server ends, a model does not load, or the time is over.
-    """
-    deadline = time.monotonic() + timeout
-    waiting = list(archives)
-    while waiting:
-        if failure := logs.load_failure():
-            raise ServerError(failure)
-        if server.process() is None:
-            raise ServerError(f"TorchServe ended while starting:\n{logs.console()}")
-        if time.monotonic() > deadline:
-            raise ServerError(f"{waiting[0].name!r} was not ready within {timeout:g} s:\n{logs.console()}")
-        if answers(server, waiting[0]):
-            waiting.pop(0)
-        else:
-            time.sleep(_POLL_SECONDS)
-
-
-def answers(server: Server, archive: Archive) -> bool:
-    """Whether a worker is READY and has just answered its canary. Raises ServerError if it answers wrongly."""
-    tokens = find_tokens()
-    try:
-        with RestClient(
-            server.addresses.inference, server.addresses.management, tokens.inference, tokens.management
-        ) as client:
-            if not client.ready(archive.name):
-                return False
-            client.canary(archive.name)
-    except MarbleError as error:
-        if error.type == "WrongAnswer":
-            raise ServerError(f"{archive.name!r}: {error.message}") from None
-        return False  # not up yet; the caller's deadline bounds this
-    return True
+    check_free(Addresses.read(config).ports())
 
 
 def stay(server: Server) -> None:
@@ -123,13 +169,34 @@ def chosen(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def stop() -> None:
-    """Stops the server that was started from this folder."""
+    """Stops the server that was started from this folder, and its front door before it."""
+    if supervisor.stop_running():
+        return
     server = Server.running()
     if server is None:
         print("no server of this folder is running")
         return
     server.stop()
     print(f"stopped process {server.pid}")
+
+
+def token(argv: Sequence[str]) -> None:
+    """Changes the tokens of the front door; if it is running, it knows at once."""
+    arguments = tokens.parse(argv)
+    if arguments.command == "list":
+        print(tokens.table(tokens.read()))
+        return
+    if arguments.command == "add":
+        days = arguments.expires_days
+        expires = None if days is None else int(time.time() + days * 86400)
+        print(tokens.add(arguments.name, arguments.role, expires))
+        print("shown this once; what is kept is its digest", file=sys.stderr)
+    else:
+        tokens.revoke(arguments.name)
+    state = front.State.read()
+    if state is not None and state.serving() is not None:
+        front.write_tokens(Path(state.folder))
+        front.reload(state.nginx)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -140,7 +207,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", metavar="N=N.mar", help="archives to serve (default: all)")
     parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder of the archives")
     parser.add_argument("--config", type=Path, default=ROOT / "config.properties", help="TorchServe's settings")
+    parser.add_argument(
+        "--trust", type=Path, metavar="PUBKEY", help="serve only what this key has signed: docs/trust.md"
+    )
+    parser.add_argument("--allow-downgrade", action="store_true", help="with --trust: versions older than the last one")
     parser.add_argument("--no-auth", action="store_true", help="ask for no tokens: behind a proxy that does")
+    parser.add_argument(
+        "--front",
+        type=Path,
+        nargs="?",
+        const=ROOT / "front.properties",
+        metavar="FILE",
+        help="behind nginx, watched and restarted; FILE: its settings (default: front.properties)",
+    )
+    parser.add_argument("--cert", type=Path, metavar="PEM", help="certificate of the front door, with its chain")
+    parser.add_argument("--key", type=Path, metavar="PEM", help="its private key, RSA or EC")
     parser.add_argument("--foreground", action="store_true", help="stay until stopped by a signal")
     parser.add_argument("--timeout", type=float, default=120, help="seconds to become ready (default: 120)")
     return parser.parse_args(argv)
@@ -155,8 +236,10 @@ if __name__ == "__main__":
                 check_no_other(ROOT / "config.properties")
             case ["serve", *rest]:
                 serve(rest)
+            case ["token", *rest]:
+                token(rest)
             case _:
-                sys.exit("use scripts/serve or scripts/stop")
+                sys.exit("use scripts/serve, scripts/stop or scripts/token")
     except (ArchiveError, ServerError) as error:
         sys.exit(f"scripts/{sys.argv[1]}: {error}")
     except KeyboardInterrupt:

@@ -26,11 +26,23 @@ LOGS = Path("logs")
 # What the JVM itself prints, which is little; those of earlier starts are kept, as many as old files of each other log.
 CONSOLE = "console.log"
 _OLD_CONSOLES = 5
+# What TorchServe writes at each start.
+KEYS = Path("key_file.json")
 _SECONDS_TO_STOP = 30
 
 
 class ServerError(Exception):
     """The server cannot be started or did not become ready. The message names the cause."""
+
+
+def read_properties(path: Path) -> dict[str, str]:
+    """The keys and values of a `.properties` file."""
+    keys = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, separator, value = line.partition("=")
+        if separator and not line.lstrip().startswith("#"):
+            keys[name.strip()] = value.strip()
+    return keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +58,7 @@ class Addresses:
     @classmethod
     def read(cls, config: Path) -> "Addresses":
         """From a `config.properties`; TorchServe's own defaults for what it does not say."""
-        keys = {}
-        for line in config.read_text(encoding="utf-8").splitlines():
-            name, separator, value = line.partition("=")
-            if separator and not line.lstrip().startswith("#"):
-                keys[name.strip()] = value.strip()
+        keys = read_properties(config)
         return cls(
             keys.get("inference_address", "http://127.0.0.1:8080"),
             keys.get("management_address", "http://127.0.0.1:8081"),
@@ -87,32 +95,49 @@ class Server:
         return server if server.process() is not None else None
 
     def process(self) -> psutil.Process | None:
-        """The JVM, None if it has ended; a new process that got the same id is not it."""
-        try:
-            process = psutil.Process(self.pid)
-            alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-            return process if alive and abs(process.create_time() - self.created) < 1 else None
-        except psutil.NoSuchProcess:
-            return None
+        """The JVM, None if it has ended."""
+        return find_process(self.pid, self.created)
 
-    def stop(self) -> None:
-        """Ends the server and its workers: politely, then by force."""
+    @staticmethod
+    def keys() -> tuple[str | None, str | None]:
+        """TorchServe's keys for inference and management, None where it asks for none.
+
+        Of its file alone: MARBLE_TOKEN may hold a client's token, which is not for here.
+        """
+        try:
+            keys = json.loads(KEYS.read_text(encoding="utf-8"))
+            return str(keys["inference"]["key"]), str(keys["management"]["key"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None, None
+
+    def stop(self, seconds: float = _SECONDS_TO_STOP) -> None:
+        """Ends the server and its workers: politely, then, after `seconds`, by force."""
         process = self.process()
         if process is not None:
             family = [process, *process.children(recursive=True)]
             process.terminate()
-            _, left = psutil.wait_procs(family, timeout=_SECONDS_TO_STOP)
+            _, left = psutil.wait_procs(family, timeout=seconds)
             for survivor in left:
                 survivor.kill()
             psutil.wait_procs(left, timeout=5)
         shutil.rmtree(self.scratch, ignore_errors=True)
         STATE.unlink(missing_ok=True)
-        Path("key_file.json").unlink(missing_ok=True)
+        KEYS.unlink(missing_ok=True)
 
 
-def check_free(addresses: Addresses) -> None:
+def find_process(pid: int, created: float) -> psutil.Process | None:
+    """A process of ours, None if it has ended; a new process that got the same id is not it."""
+    try:
+        process = psutil.Process(pid)
+        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process if alive and abs(process.create_time() - created) < 1 else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def check_free(ports: Sequence[tuple[str, int]]) -> None:
     """Raises ServerError, naming the port, if another program listens where the server wants to."""
-    for host, port in addresses.ports():
+    for host, port in ports:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -132,7 +157,7 @@ def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: boo
     scratch = tempfile.mkdtemp(prefix="marble-")
     LOGS.mkdir(exist_ok=True)
     STATE.parent.mkdir(exist_ok=True)
-    Path("key_file.json").unlink(missing_ok=True)
+    KEYS.unlink(missing_ok=True)
     logs = Logs()
     environment = {
         **os.environ,

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -326,33 +327,47 @@ def _add_models(start_server: Callable[..., Served], shared_store: Path) -> Call
             servers.append(start_server(shared_store, *models, enable_model_api="true"))
             return servers[0]
         server = replace(servers[0], models=models)
-        for name in models:
+
+        def load(name: str) -> None:
             verify(name, shared_store / f"{name}.mar")
             server.manage("POST", f"/models?url={name}.mar&model_name={name}&initial_workers=1&synchronous=true")
             with server.rest_client() as client:
                 client.canary(name)
+
+        with ThreadPoolExecutor(CPUS) as pool:
+            list(pool.map(load, models))
         return server
 
     return add
 
 
-@pytest.fixture(scope="module")
-def serve_models(_add_models: Callable[..., Served]) -> Iterator[Callable[..., Served]]:
-    """Serves archives of `shared_store`, by their names, until the tests of the module are done.
+@pytest.fixture(scope="session")
+def serving(_add_models: Callable[..., Served]) -> Callable[..., contextlib.AbstractContextManager[Served]]:
+    """Serves archives of `shared_store`, by their names, within a `with` block.
 
-    All modules share one TorchServe, because a JVM takes seconds to start. The first models are served as scripts/serve
+    All tests share one TorchServe, because a JVM takes seconds to start. The first models are served as scripts/serve
     does it; later ones are registered, which config.properties forbids, after the same checks.
     """
-    added = []
 
-    def serve(*models: str) -> Served:
-        added.append(_add_models(*models))
-        return added[-1]
+    @contextlib.contextmanager
+    def serve(*models: str) -> Iterator[Served]:
+        server = _add_models(*models)
+        try:
+            yield server
+        finally:
+            for name in models:
+                server.manage("DELETE", f"/models/{name}")
 
-    yield serve
-    for server in added:
-        for name in server.models:
-            server.manage("DELETE", f"/models/{name}")
+    return serve
+
+
+@pytest.fixture(scope="module")
+def serve_models(
+    serving: Callable[..., contextlib.AbstractContextManager[Served]],
+) -> Iterator[Callable[..., Served]]:
+    """Serves archives as `serving` does, until the tests of the module are done."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *models: stack.enter_context(serving(*models))
 
 
 @pytest.fixture

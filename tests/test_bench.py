@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, Served
 
 from benchmarks import grpc_load
-from benchmarks.speed import load, models, peers, report, servers, texts
+from benchmarks.speed import load, models, peers, report, servers, startup, texts
 from benchmarks.speed.__main__ import DOCUMENT, RESULTS, disagreement
 from benchmarks.speed.limit import Limit
 from benchmarks.speed.load import LoadError, Sample
@@ -309,6 +309,10 @@ def test_a_server_is_started_asked_and_stopped(server: servers.Server) -> None:
     server.start()
     assert servers.scores(server.ask("Fine boots.")).keys() == {"negative", "neutral", "positive"}
     assert server.memory() > 200  # the JVM and its worker
+    restart = startup.restart(server)
+    assert 0 < restart.ready_s < restart.back_s
+    assert restart.memory_mb > 50
+    assert servers.scores(server.ask("Fine boots.")).keys() == {"negative", "neutral", "positive"}
     server.stop()
     assert not server.running
 

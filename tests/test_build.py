@@ -20,6 +20,8 @@ from conftest import OFFLINE, ROOT, Build, Exit, build, run, succeeded
 from archiver.__main__ import locked
 
 TORCH = ("--backend", "torch", "--precision", "fp32")
+# What a build leaves in the store.
+BUILT = ["small.cdx.json", "small.mar", "small.mar.sha256"]
 ARCHIVES = ("reviews.mar", "reviews-fp32.mar", "reviews-torch.mar")
 
 
@@ -76,7 +78,9 @@ def test_another_build_elsewhere_gives_the_same_bytes(bundle: Path, store: Path,
     assert digest(tmp_path / "store" / name) == digest(store / name)
     left = [path.name for folder in ("cwd", "tmp") for path in (tmp_path / folder).iterdir()]
     assert [entry for entry in left if not entry.startswith("torchinductor_")] == [], "left behind"
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [name, f"{name}.sha256"]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(
+        [name, f"{name}.sha256", name.replace(".mar", ".cdx.json")]
+    )
 
 
 def test_openvino_bf16_is_built_the_same_twice(bundle: Path, store: Path, tmp_path: Path, build_main: Build) -> None:
@@ -212,7 +216,7 @@ def test_an_archive_is_not_overwritten_unasked(small: Path, tmp_path: Path, buil
     assert len({first, second, third}) == 3
     assert settings(target)["max_inputs"] == 7
     assert checksum.read_text().split()[0] == third
-    assert sorted(path.name for path in target.parent.iterdir()) == ["small.mar", "small.mar.sha256"]
+    assert sorted(path.name for path in target.parent.iterdir()) == BUILT
 
 
 def test_a_file_in_the_way_that_is_no_archive(small: Path, tmp_path: Path, build_main: Build) -> None:
@@ -373,14 +377,14 @@ def test_a_model_that_got_worse_is_refused_unless_it_is_allowed(small: Path, tmp
         build_main(small, *TORCH, "--max-drop", f"{points - 0.5}")
     assert written(tmp_path / "store") == []
     build_main(small, *TORCH, "--max-drop", f"{points + 0.5}")
-    assert sorted(written(tmp_path / "store")) == ["small.mar", "small.mar.sha256"]
+    assert sorted(written(tmp_path / "store")) == BUILT
 
 
 def test_force_builds_what_the_gate_refuses_and_warns(small: Path, tmp_path: Path, build_main: Build) -> None:
     change_third_example(small, predictions=[{"label": "negative", "score": 1.0}])
     printed = build_main(small, *TORCH, "--force")
     assert "warning: built because of --force, though golden example 3" in printed
-    assert sorted(written(tmp_path / "store")) == ["small.mar", "small.mar.sha256"]
+    assert sorted(written(tmp_path / "store")) == BUILT
     with pytest.raises(Exit, match="golden example 3"):  # --force with `auto` still looks for one that passes
         build_main(small, "--backend", "torch", "--force")
 
@@ -396,7 +400,7 @@ def test_two_builds_of_one_name_at_the_same_time(small: Path, tmp_path: Path) ->
         _, error = one.communicate(timeout=120)
     assert one.returncode == 0, error
     succeeded(two)
-    assert sorted(written(store)) == ["small.mar", "small.mar.sha256"]
+    assert sorted(written(store)) == BUILT
     succeeded(run("sha256sum", "--check", "small.mar.sha256", cwd=store))
 
 

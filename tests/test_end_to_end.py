@@ -256,6 +256,7 @@ BAD_REQUESTS: list[tuple[str, bytes, str | None, int, str]] = [
     ("unknown parameter", b'{"inputs": "a", "parameters": {"topk": 1}}', "application/json", 422, "top_k"),
     ("type of a parameter", b'{"inputs": "a", "parameters": {"top_k": "1"}}', "application/json", 422, "an integer"),
     ("value of a parameter", b'{"inputs": "a", "parameters": {"top_k": 0}}', "application/json", 422, "at least 1"),
+    ("a stream", b'{"inputs": "a", "stream": true}', "application/json", 501, "does not stream"),
     ("parameters not an object", b'{"inputs": "a", "parameters": [1]}', "application/json", 422, "object"),
     ("lone surrogate", b'{"inputs": "a \\ud800 b"}', "application/json", 400, "surrogate"),
     ("not utf-8", b"caf\xe9", "text/plain", 400, "UTF-8"),
@@ -343,7 +344,7 @@ def test_naughty_strings_do_not_change_their_neighbours(
     assert len(good_answers) >= 515
     for answer in good_answers:
         assert scores(answer[0]) == pytest.approx(expected, abs=1e-5)
-    assert {status for body, status, _ in answers if body in bad} <= {400, 422}
+    assert {status for body, status, _ in answers if body in bad} <= {400, 422, 501}
     assert all(status == 200 for body, status, _ in answers if body not in bad)
 
 
@@ -363,9 +364,13 @@ def test_grpc_errors_are_bodies_and_marble_raises_them(served: Served, same_work
 def test_streamed_grpc_to_a_model_that_does_not_stream(served: Served, same_workers: None) -> None:
     with grpc.insecure_channel(served.grpc) as channel:
         stub = inference_pb2_grpc.InferenceAPIsServiceStub(channel)
-        request = inference_pb2.PredictionsRequest(model_name="reviews", input={"data": json.dumps(GOOD).encode()})
-        [answer] = stub.StreamPredictions(request, metadata=served.metadata(), timeout=30)
-    assert len(json.loads(answer.prediction)[0]) == 3
+        for body in (GOOD, {**GOOD, "stream": True}):
+            request = inference_pb2.PredictionsRequest(model_name="reviews", input={"data": json.dumps(body).encode()})
+            [answer] = stub.StreamPredictions(request, metadata=served.metadata(), timeout=30)
+            assert len(json.loads(answer.prediction)[0]) == 3
+        request.sequence_id = "one"
+        with pytest.raises(grpc.RpcError):  # whatever is answered to this one ends TorchServe's worker thread
+            list(stub.StreamPredictions2(iter([request]), metadata=served.metadata(), timeout=5))
 
 
 @pytest.mark.parametrize(

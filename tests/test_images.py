@@ -23,6 +23,7 @@ from conftest import NO_CHECKPOINTS, OFFLINE, ROOT, HubClient, Served, build_her
 from datasets import Dataset
 from numpy.typing import NDArray
 from PIL import Image
+from text_models import converted
 from transformers.image_utils import load_image
 
 from handler.engine import Engine
@@ -488,14 +489,15 @@ def pipeline_scores(folder: Path, files: list[Path], **parameters: Any) -> list[
 @pytest.mark.parametrize("family", FAMILIES)
 def test_predictions_equal_the_transformers_pipeline(family: str, hundred: list[Path], tmp_path: Path) -> None:
     folder = model_folder(tmp_path / family, *FAMILIES[family])
+    train_here("--task", "image-classification", "--base-model", folder, "--output-dir", tmp_path / "bundle")
     contents = [file.read_bytes() for file in hundred]
     engine = Engine(folder, threads=1)
-    found = predictions(engine, contents, top_k=10)
     wanted = pipeline_scores(folder, hundred)
     assert max(np.ptp([entry[label] for entry in wanted]) for label in LABELS) > 0.01  # it does look at the image
-    for one, other in zip(found, wanted, strict=True):
-        assert by_label(one) == pytest.approx(other, abs=1e-4)
-        assert [entry["score"] for entry in one] == sorted((entry["score"] for entry in one), reverse=True)
+    for backend in (engine, Engine(converted(tmp_path / "bundle"), threads=1)):
+        for one, other in zip(predictions(backend, contents, top_k=10), wanted, strict=True):
+            assert by_label(one) == pytest.approx(other, abs=1e-4)
+            assert [entry["score"] for entry in one] == sorted((entry["score"] for entry in one), reverse=True)
     found = predictions(engine, contents[:10], top_k=10, function_to_apply="none")
     for one, other in zip(found, pipeline_scores(folder, hundred[:10], function_to_apply="none"), strict=True):
         assert by_label(one) == pytest.approx(other, abs=1e-4)

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,24 @@ def test_int8_that_fails_the_gate_is_refused_unless_forced(
     printed = build_main(small, "--backend", "openvino", "--force")
     assert "openvino int8 does not pass: golden example" in printed
     assert settings(tmp_path / "store" / "small.mar")["precision"] != "int8"
+
+
+def test_fp32_ships_where_nothing_else_passes(
+    small: Path, tmp_path: Path, build_main: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(bundle: Any, engine: Engine, max_drop: float) -> gate.Verdict:
+        verdict = check(bundle, engine, max_drop)
+        as_it_was = (engine.settings.backend, engine.settings.precision) == ("torch", "fp32")
+        return verdict if as_it_was else replace(verdict, reason="it answers otherwise")
+
+    check = gate.check
+    monkeypatch.setattr(gate, "check", spoilt)
+    printed = build_main(small, "--precision", "auto")
+    assert printed.count("does not pass: it answers otherwise") == len(ALL) - 1
+    made = settings(tmp_path / "store" / "small.mar")
+    assert (made["backend"], made["precision"]) == ("torch", "fp32")
+    verdicts = [row["verdict"] for row in candidates(tmp_path / "store" / "small.mar")["candidates"]]
+    assert verdicts == ["shipped", *["it answers otherwise"] * (len(ALL) - 1)]
 
 
 def test_an_answer_that_int8_changes_is_no_pass(

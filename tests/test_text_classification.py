@@ -499,6 +499,23 @@ def test_a_trained_model_is_bundled_as_it_is(emotions: Path, run_train: Callable
     assert drift(Engine(place), texts[:9], answers(Engine(emotions), texts[:9])) < 1e-6
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_two_labels_with_the_usual_names(
+    trains: bool, texts: list[str], run_train: Callable[..., Path], file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Transformers leaves them out of config.json, as in many published models."""
+    base = write(tmp_path / "base", "bert", transformers.AutoModel, "feature-extraction", texts[::6])
+    transformers.set_seed(5)
+    AUTO.from_pretrained(base).save_pretrained(base)
+    assert "id2label" not in json.loads((base / "config.json").read_text())
+    rows = file(rows_of(lambda i: f"LABEL_{i % 2}"))
+    given = ("--train-file", rows, "--max-steps", 1, *NO_CHECKPOINTS) if trains else ()
+    place = run_train("--base-model", base, "--max-length", MAX_LENGTH, *given)
+    assert json.loads((place / "config.json").read_text())["id2label"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    ask = reference(base if not trains else place)
+    assert drift(Engine(place), texts[:9], [ask(text) for text in texts[:9]]) < 1e-4
+
+
 # --- Through a server -----------------------------------------------------------------------------------------------
 
 

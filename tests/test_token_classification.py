@@ -185,6 +185,14 @@ def test_every_token_of_a_long_text_is_answered_once(
     assert [(token["start"], token["end"]) for token in tokens] == encoding.offsets[1:-1]
 
 
+def test_ignored_labels_do_not_decide_which_window_answers(engines: dict[str, Engine], sentences: list[str]) -> None:
+    """What one window is surer to ignore is ignored, whatever the other thinks of it."""
+    text = " ".join(sentences[:20])
+    every = ask(engines["bert"], text, ignore_labels=[])
+    for label in LABELS:
+        assert ask(engines["bert"], text, ignore_labels=[label]) == [t for t in every if t["entity"] != label]
+
+
 def test_offsets_are_exact_whatever_the_normalizer_does(engines: dict[str, Engine]) -> None:
     text = "Zoë İstanbul'da\u00a0e\u0301tait là — 漢字 ＡＢＣ 😀 ok"
     for engine in engines.values():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import requests
 import transformers
-from conftest import ROOT, HubClient, Served
+from conftest import NO_CHECKPOINTS, ROOT, HubClient, Served, build_here, train_here
 from text_models import (
     MAX_LENGTH,
     VERDICTS,
@@ -247,13 +247,47 @@ def test_data_for_something_else(columns: tuple[str, ...], labels: list[Any], wo
         read(path)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT that has learnt from scratch which of two topics a text has."""
+    folder = tmp_path_factory.mktemp("trained")
+    topics = {"music": ("song", "choir"), "sport": ("goal", "race")}
+    pairs = [
+        {"premise": f"{lead} {word}", "hypothesis": topic, "label": "entailment" if word in words else "other"}
+        for lead in ("a", "the", "this", "my", "one", "no", "our", "that")
+        for topic, words in topics.items()
+        for word in ("song", "choir", "goal", "race")
+    ]
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs), encoding="utf-8")
+    spec = "bert hidden_size=32 num_hidden_layers=2 num_attention_heads=2 intermediate_size=64 vocab_size=200"
+    train_here(
+        *("--task", TASK, "--train-file", path, "--validation-file", path, "--output-dir", folder / "topics"),
+        *("--from-scratch", spec, "--max-steps", 400, "--learning-rate", 1e-3, *NO_CHECKPOINTS),
+    )
+    return folder / "topics"
+
+
+def test_what_is_learnt_from_pairs_chooses_labels(trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["splits"]["validation"]["accuracy"] > 0.9  # always the same: 0.5
+    for text, topic in (("my choir", "music"), ("that race", "sport")):
+        [found] = answers(
+            Engine(trained), [text], candidate_labels=["sport", "music"], hypothesis_template="{}", multi_label=True
+        )
+        assert found[0]["label"] == topic
+        assert found[0]["score"] > 0.5 > found[1]["score"]
+
+
 # --- Through a server -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def served(model: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
+def served(model: Path, trained: Path, shared_store: Path, serve_models: Callable[..., Served]) -> Served:
+    """A TorchServe with `judge` (random weights, openvino) and `topics` (trained, torch)."""
     archive(model, shared_store)
-    return serve_models("judge")
+    build_here(trained, shared_store, "topics", "torch")
+    return serve_models("judge", "topics")
 
 
 def test_inference_client(inference_client: HubClient, engine: Engine, texts: list[str]) -> None:
@@ -264,6 +298,8 @@ def test_inference_client(inference_client: HubClient, engine: Engine, texts: li
         assert [entry.label for entry in found] == [entry["label"] for entry in expected]
         assert [entry.score for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-4)
     assert len(client.zero_shot_classification(texts[0], LABELS, hypothesis_template="It is {}.")) == 4
+    learnt = inference_client("topics").zero_shot_classification("a song", ["sport", "music"], hypothesis_template="{}")
+    assert [entry.label for entry in learnt] == ["music", "sport"]
 
 
 def test_marble_clients(served: Served, engine: Engine, texts: list[str]) -> None:

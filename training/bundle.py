@@ -77,6 +77,10 @@ def check_place(place: Path, *, overwrite: bool) -> None:
 def write_model(stage: Path, model: Any, processor: Any) -> None:
     """Weights (safetensors, fp32), config and tokenizer or other processor, if any, as `from_pretrained` loads them."""
     model.float().save_pretrained(stage)
+    if type(model).__name__.endswith("Classification"):
+        config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+        if "id2label" not in config:  # transformers leaves out two labels that are called LABEL_0 and LABEL_1
+            write_json(stage, "config.json", config | {"id2label": model.config.id2label})
     if processor is not None:
         processor.save_pretrained(stage)
 

@@ -19,13 +19,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.speed import load, models, peers, report, servers
+from benchmarks.speed import load, models, peers, report, servers, startup
 from benchmarks.speed.limit import Limit
 from benchmarks.speed.peers import PEERS, ROOT, Unavailable
 from benchmarks.speed.servers import Server
@@ -37,6 +37,7 @@ DOCUMENT = ROOT / "docs" / "speed.md"
 TOLERANCE, CLEAR_MARGIN = 1e-3, 0.4
 CHECKED_TEXTS = 128
 ROUNDS = 5
+RESTARTS = 5
 # Texts that 64 connections have under way together: what a server can sort by length at a time.
 BATCH = 64
 BATCHES = (1, 8, 32, 64)
@@ -92,7 +93,10 @@ class Bench:
     def measure(self, server: Server, what: Load) -> load.Sample:
         """Warms a running server up and measures it."""
         self.send(server, what, 1)
-        return self.send(server, what, 2 if self.quick else what.seconds)
+        before = cpu_seconds(server)
+        sample = self.send(server, what, 2 if self.quick else what.seconds)
+        spent = {name: seconds - before[name] for name, seconds in cpu_seconds(server).items()}
+        return replace(sample, cpu_ms=rounded({name: 1e3 * s / max(1, sample.requests) for name, s in spent.items()}))
 
     def send(self, server: Server, what: Load, seconds: float) -> load.Sample:
         """Puts a running server under a load."""
@@ -195,6 +199,9 @@ def run(arguments: argparse.Namespace, work: Path, stack: ExitStack) -> dict[str
         server.start()
         found["servers"][name] |= {"idle_cpu": server.idle_cpu, "memory_mb": server.memory()}
         server.rest()
+    ours = bench.servers[report.OURS]
+    ours.start()
+    found["startup"] = startup.summary([startup.restart(ours) for _ in range(1 if quick else RESTARTS)])
     if not quick:
         found["growth"] = growth(bench, model, texts, limit, torch)
     found["targets"] = report.targets(report.rounds_of(found))
@@ -285,6 +292,12 @@ def disagreement(expected: Mapping[str, float], given: Mapping[str, float], exac
     if first - second > CLEAR_MARGIN and max(expected, key=expected.__getitem__) != max(given, key=given.__getitem__):
         raise Unavailable(f"it answers another label where fp32 is sure ({first:.2f} against {second:.2f})")
     return drift
+
+
+def cpu_seconds(server: Server) -> dict[str, float]:
+    """Processor seconds spent so far by a server and by the load generators, which are children of this process."""
+    generators = psutil.Process().cpu_times()
+    return {**server.cpu_seconds(), "load generator": generators.children_user + generators.children_system}
 
 
 def measured(bench: Bench, server: Server) -> dict[str, Any]:

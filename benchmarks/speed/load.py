@@ -23,6 +23,7 @@ class Sample:
     """One measurement.
 
     requests: answered within `seconds`; p50_ms, p99_ms: their latencies; errors: requests with no answer or a bad one.
+    cpu_ms: processor time of one request, by process: "worker" of a TorchServe, "server", "load generator".
     """
 
     requests: int
@@ -30,6 +31,7 @@ class Sample:
     p50_ms: float
     p99_ms: float
     errors: int
+    cpu_ms: Mapping[str, float] | None = None
 
     @property
     def rate(self) -> float:

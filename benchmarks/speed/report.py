@@ -13,6 +13,8 @@ LEANEST = "mosec-openvino"
 UNBATCHED = "torchserve"
 BEGIN, END = "<!-- begin: written by scripts/bench --report -->", "<!-- end -->"
 ITEMS = 32
+# As `benchmarks.speed.load.Sample.cpu_ms` names them.
+PROCESSES = ("worker", "server", "load generator")
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,17 @@ def _others(results: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
                 _number([measure(r, server, load) for r in rounds], 1) for measure in (Round.rate, Round.p50, Round.p99)
             )
             lines.append(f"| {title} | {rate} | {p50} | {p99} |")
+    lines += _processor_time(rounds)
+    if startup := results.get("startup"):
+        ready, slowest_ready, back, slowest_back = (
+            f"{startup[key]:.1f} s" for key in ("ready_s", "slowest_ready_s", "back_s", "slowest_back_s")
+        )
+        lines += [
+            "",
+            f"After a `kill -9` of the worker (median of {startup['restarts']}): its successor is READY {ready} after "
+            f"the start of its process (at most {slowest_ready}), {back} after the kill (at most {slowest_back}), and "
+            f"takes {startup['memory_mb']:.0f} MB then.",
+        ]
     drifts = [f"{server['title']} {server['drift']:.1e}" for server in results["servers"].values() if "drift" in server]
     if drifts:
         lines += ["", f"Largest difference of a score from `transformers` in fp32: {'; '.join(drifts)}."]
@@ -259,6 +272,23 @@ def _others(results: Mapping[str, Any], rounds: Sequence[Round]) -> list[str]:
                 f"{row['single_ms']:.1f} |"
             )
     return lines
+
+
+def _processor_time(rounds: Sequence[Round]) -> list[str]:
+    """What a request costs which process."""
+    lines = ["", "| processor time of a request, ms | worker | JVM | load generator |", "|---|---|---|---|"]
+    rows = [
+        ("sst2-64", "REST, 64 connections, SST-2"),
+        ("grpc-64", "gRPC, 64 calls at a time, SST-2"),
+        ("sst2-1", "REST, 1 connection, SST-2"),
+        ("items-1", f"REST, 1 connection, {ITEMS} texts a request"),
+    ]
+    for load, title in rows:
+        spent = [sample.cpu_ms for r in rounds if (sample := r.sample(OURS, load)) and sample.cpu_ms]
+        if spent:
+            cells = (_number([cpu_ms[name] for cpu_ms in spent], 2) for name in PROCESSES)
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines if len(lines) > 3 else []
 
 
 def _number(values: Sequence[float | None], digits: int) -> str:

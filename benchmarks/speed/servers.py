@@ -1,5 +1,6 @@
 """Servers as processes: started, asked, stopped."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -118,8 +119,9 @@ class Server:
 
     def ask(self, text: str) -> Any:
         """Its answer to one text, as JSON. Raises Unavailable if there is none."""
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
+            # A server that starts may just be writing its key.
+            headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
             reply = _HTTP.post(self.url, json=self.body(text), headers=headers, timeout=60)
             reply.raise_for_status()
             return reply.json()
@@ -129,6 +131,15 @@ class Server:
     def memory(self) -> float:
         """Resident megabytes of all its processes."""
         return round(sum(process.memory_info().rss for process in self._family()) / 1e6, 1)
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Processor seconds spent so far, by kind of process: the workers of a TorchServe, and all others."""
+        found = {"worker": 0.0, "server": 0.0}
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                worker = any("model_service_worker" in part for part in process.cmdline())
+                found["worker" if worker else "server"] += sum(process.cpu_times()[:2])
+        return found
 
     def _answers(self) -> bool:
         try:
@@ -150,12 +161,9 @@ class Server:
     def _cpu_share(self, seconds: float) -> float:
         """Processor seconds per second, of all its processes."""
 
-        def spent() -> float:
-            return sum(sum(process.cpu_times()[:2]) for process in self._family())
-
-        before = spent()
+        before = sum(self.cpu_seconds().values())
         time.sleep(seconds)
-        return (spent() - before) / seconds
+        return (sum(self.cpu_seconds().values()) - before) / seconds
 
 
 def scores(answer: Any) -> dict[str, float]:

@@ -87,12 +87,13 @@ class TokenClassification(EncoderTask):
         for number, (row, outputs) in enumerate(zip(part.rows, part.outputs, strict=True)):
             scores = _softmax(outputs["logits"])
             if parameters.aggregation_strategy == "none":
-                found += self._tokens(part.sample.text, row, scores, ignored, number * shift)
+                found += self._tokens(part.sample.text, row, scores, number * shift)
             else:
                 found += self._entities(part.sample.text, row, scores, ignored, parameters.aggregation_strategy)
-        if len(part.rows) == 1:
-            return found
-        return _surest_tokens(found) if parameters.aggregation_strategy == "none" else _longest_entities(found)
+        if parameters.aggregation_strategy == "none":
+            # Ignored only now: a label to ignore may be the surer window's.
+            return [token for token in _surest_tokens(found) if token["entity"] not in ignored]
+        return found if len(part.rows) == 1 else _longest_entities(found)
 
     def found(self, prediction: Any) -> Iterable[tuple[str, float]]:
         """The type of each entity or token that is none of "O"."""
@@ -121,20 +122,16 @@ class TokenClassification(EncoderTask):
         ]
         return bool(sum(changed) <= len(changed) // 100)
 
-    def _tokens(
-        self, text: str, row: Encoding, scores: NDArray[np.float32], ignored: Sequence[str], shift: int
-    ) -> list[Entity]:
+    def _tokens(self, text: str, row: Encoding, scores: NDArray[np.float32], shift: int) -> list[Entity]:
         """Each token with its label. shift: tokens of the text before this window."""
         ids, offsets, tokens = row.ids, row.offsets, row.tokens
         best = scores.argmax(axis=-1)
         found = []
         for index in _content(row):
-            if (label := self._labels[best[index]]) in ignored:
-                continue
             start, end = offsets[index]
             found.append(
                 {
-                    "entity": label,
+                    "entity": self._labels[best[index]],
                     "score": float(scores[index, best[index]]),
                     "index": index + shift,
                     "word": text[start:end] if ids[index] == self._unknown else tokens[index],
