@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where the running server of a working directory writes itself down.
 STATE = Path("run/server.json")
 LOGS = Path("logs")
+# What the JVM itself prints, which is little; those of earlier starts are kept, as many as old files of each other log.
+CONSOLE = "console.log"
+_OLD_CONSOLES = 5
 # What TorchServe writes at each start.
 KEYS = Path("key_file.json")
 _SECONDS_TO_STOP = 30
@@ -173,13 +176,15 @@ def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: boo
     # A snapshot of some other server must not decide what this one loads.
     for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
         environment.pop(name, None)
+    settings = _with_metrics(config, Path(scratch))
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--ncs"),
-        *("--ts-config", str(config), "--log-config", str(ROOT / "deploy" / "log4j2.xml")),
+        *("--ts-config", str(settings), "--log-config", str(ROOT / "deploy" / "log4j2.xml")),
         *("--model-store", str(store), "--models", *(f"{a.name}={a.path.name}" for a in archives)),
         *([] if tokens else ["--disable-token-auth"]),
     ]
-    with (LOGS / "console.log").open("wb") as console:
+    rotate(LOGS / CONSOLE, _OLD_CONSOLES)
+    with (LOGS / CONSOLE).open("wb") as console:
         done = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
         )
@@ -197,6 +202,23 @@ def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: boo
     return server, logs
 
 
+def _with_metrics(config: Path, folder: Path) -> Path:
+    """A copy of `config`, in `folder`, that names our metrics: TorchServe wants their path from where it runs."""
+    text = config.read_text(encoding="utf-8").rstrip("\n")
+    copy = folder / "config.properties"
+    copy.write_text(f"{text}\nmetrics_config={ROOT / 'deploy' / 'metrics.yaml'}\n", encoding="utf-8")
+    return copy
+
+
+def rotate(path: Path, kept: int) -> None:
+    """Renames `path` to `path.1`, that to `path.2` and so on; the last of `kept` is gone."""
+    for number in range(kept - 1, 0, -1):
+        if (older := path.with_name(f"{path.name}.{number}")).exists():
+            older.replace(path.with_name(f"{path.name}.{number + 1}"))
+    if path.exists():
+        path.replace(path.with_name(f"{path.name}.1"))
+
+
 class Logs:
     """What the server has logged since this object was made."""
 
@@ -205,27 +227,26 @@ class Logs:
 
     def load_failure(self) -> str | None:
         """Why a worker could not load its model, with its traceback; None as long as none has failed."""
-        text = self._new("model_log.log")
-        marker = text.find(LOAD_FAILED)
-        if marker < 0:
-            return None
-        line = text[marker + len(LOAD_FAILED) :].splitlines()[0]
-        failure = json.loads(line)
-        # The log's own prefix ends in " - "; what follows is what the worker wrote.
-        trace = [entry.partition(" - ")[2] for entry in text[:marker].splitlines()[:-1] if "MODEL_LOG" in entry]
-        return f"model {failure['model']!r} did not load: {failure['error']}\n" + "\n".join(trace[-30:])
+        # The last line may not be whole yet.
+        lines = [json.loads(line)["message"] for line in self._new("model_log.log").split("\n")[:-1]]
+        for number, line in enumerate(lines):
+            if line.startswith(LOAD_FAILED):
+                failure = json.loads(line.removeprefix(LOAD_FAILED))
+                trace = lines[:number][-30:]
+                return f"model {failure['model']!r} did not load: {failure['error']}\n" + "\n".join(trace)
+        return None
 
     def console(self) -> str:
         """The last lines the server printed or logged."""
-        lines = (self._new("console.log") + self._new("ts_log.log")).strip().splitlines()
+        lines = (self._new(CONSOLE) + self._new("ts_log.log")).strip().splitlines()
         return "\n".join(lines[-8:])
 
     def _new(self, name: str) -> str:
         path = LOGS / name
         try:
             with path.open("rb") as file:
-                # console.log is written anew by each start.
-                file.seek(0 if name == "console.log" else self._offsets.get(path, 0))
+                # The console's is written anew by each start.
+                file.seek(0 if name == CONSOLE else self._offsets.get(path, 0))
                 return file.read().decode("utf-8", errors="replace")
         except FileNotFoundError:
             return ""
