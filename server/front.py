@@ -23,7 +23,7 @@ import jinja2
 import psutil
 
 from server import tokens
-from server.torchserve import LOGS, ROOT, Addresses, ServerError, find_process, read_properties
+from server.torchserve import LOGS, ROOT, Addresses, ServerError, find_process, read_properties, rotate
 
 # Where the front door of a working directory writes itself down.
 STATE = Path("run/front.json")
@@ -305,10 +305,7 @@ class Front:
     def _rotate(self) -> None:
         for path in _logs():
             if path.exists() and path.stat().st_size > _LOG_BYTES:
-                for number in range(_OLD_LOGS, 0, -1):
-                    older = path.with_name(f"{path.name}.{number - 1}" if number > 1 else path.name)
-                    if older.exists():
-                        older.replace(path.with_name(f"{path.name}.{number}"))
+                rotate(path, _OLD_LOGS)
 
     def _write_inner(self, key: str | None) -> None:
         token = f"Bearer {key}" if key else ""

@@ -211,12 +211,13 @@ def _with_metrics(config: Path, folder: Path) -> Path:
 
 
 def rotate(path: Path, kept: int) -> None:
-    """Renames `path` to `path.1`, that to `path.2` and so on; the last of `kept` is gone."""
+    """Renames `path`, if it exists, to `path.1`, that to `path.2` and so on; the last of `kept` is gone."""
+    if not path.exists():
+        return
     for number in range(kept - 1, 0, -1):
         if (older := path.with_name(f"{path.name}.{number}")).exists():
             older.replace(path.with_name(f"{path.name}.{number + 1}"))
-    if path.exists():
-        path.replace(path.with_name(f"{path.name}.1"))
+    path.replace(path.with_name(f"{path.name}.1"))
 
 
 class Logs:
