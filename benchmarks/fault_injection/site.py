@@ -98,8 +98,8 @@ class Site:
 
     def predict(self, session: requests.Session, model: str = "reviews", **options: Any) -> requests.Response:
         """One prediction over REST."""
-        options = {"json": BODY, "timeout": 60} | options
-        return session.post(f"{self.url}/predictions/{model}", **options)
+        given: dict[str, Any] = {"json": BODY, "timeout": 60} | options
+        return session.post(f"{self.url}/predictions/{model}", **given)
 
     def channel(self) -> grpc.Channel:
         """A gRPC channel to the front door."""
@@ -137,7 +137,7 @@ class Site:
             return False
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = _SECONDS_TO_RECOVER) -> float:
-        """Returns after how many seconds the condition held. Raises SiteError, with the watchdog's log, if it did not."""
+        """Returns after how many seconds the condition held. Raises SiteError, with the watchdog's log, if it never did."""
         begun = time.monotonic()
         while not condition():
             if time.monotonic() - begun > seconds:
