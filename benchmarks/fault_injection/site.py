@@ -137,7 +137,7 @@ class Site:
             return False
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = _SECONDS_TO_RECOVER) -> float:
-        """Returns after how many seconds the condition held. Raises SiteError, with the watchdog's log, if it never did."""
+        """Returns after how many seconds it held. Raises SiteError, with the watchdog's log, if it never did."""
         begun = time.monotonic()
         while not condition():
             if time.monotonic() - begun > seconds:
