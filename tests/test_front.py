@@ -432,6 +432,13 @@ def test_a_first_line_that_is_refused(door: Door, line: str, status: int) -> Non
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == status
 
 
+@pytest.mark.parametrize("coding", ["identity", "gzip, chunked", "xchunked"])
+def test_a_transfer_encoding_that_is_not_known(door: Door, coding: str) -> None:
+    headers = {"Transfer-Encoding": coding}
+    answer = door.ask("POST", f"/predictions/{MODEL}", door.tokens["predict"], headers=headers, data=b"x")
+    assert error_of(answer) == (501, "NotImplemented")
+
+
 def test_headers_that_are_too_large(door: Door) -> None:
     answer = door.ask("POST", f"/predictions/{MODEL}", door.tokens["predict"], headers={"x": "y" * 9000}, json=BODY)
     assert error_of(answer) == (431, "HeadersTooLarge")
