@@ -1,4 +1,4 @@
-"""Rows 9 and 10: what is wrong with a protocol rather than with a request, and bodies far over the limit."""
+"""Row 9: what is wrong with a protocol rather than with a request."""
 
 import json
 import re
