@@ -298,8 +298,15 @@ class Front:
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def reopen_logs(self) -> None:
+        """Begins new files in the place of large ones, without new processes: those end idle connections, on which a
+        request may just be coming."""
+        if self._process is not None and self._process.poll() is None:
+            self._rotate()
+            self._process.send_signal(signal.SIGUSR1)
+
     def logs_are_large(self) -> bool:
-        """Whether a reload should begin new log files."""
+        """Whether new log files should begin."""
         return any(path.exists() and path.stat().st_size > _LOG_BYTES for path in _logs())
 
     def _rotate(self) -> None:

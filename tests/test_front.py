@@ -567,6 +567,17 @@ def test_the_log_has_who_asked_and_no_text(door: Door) -> None:
     assert "planted" not in log.read_text()
 
 
+def test_a_large_log_begins_anew_under_the_same_processes(door: Door) -> None:
+    log = door.folder / "logs" / "front_access.log"
+    master = psutil.Process(door.state("front")["nginx"])  # type: ignore[arg-type]
+    before = master.children()
+    os.truncate(log, 20_000_001)
+    door.wait_until(lambda: log.with_name("front_access.log.1").exists() and log.exists())
+    assert door.ask("GET", "/live", headers={"X-Request-Id": "after"}).ok
+    door.wait_until(lambda: '"request":"after"' in log.read_text())
+    assert master.children() == before
+
+
 # --- Health ----------------------------------------------------------------------------------------------------------
 
 

@@ -101,7 +101,7 @@ def continuation(door: Door, seconds: float) -> list[dict[str, Any]]:
         "one byte": b"\0",
         "nothing": b"",
     }
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     over = time.monotonic() + seconds
     for kind, payload in cycle(kinds.items()):
         if time.monotonic() > over and len(rounds) >= len(kinds):

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from benchmarks.fault_injection import http2
 from benchmarks.fault_injection.bench import MODEL, Bench, Target
 from benchmarks.fault_injection.mutation import Ask, Call, Source, json_values
-from benchmarks.fault_injection.site import MODEL_INFER, PREDICTIONS, Site, message
+from benchmarks.fault_injection.site import PREDICTIONS, Site, message
 from marble_client.stubs import inference_pb2, open_inference_grpc_pb2
 from marble_client.wire import CANARY, decode_answer, decode_drift
 from server import tokens
@@ -40,13 +40,13 @@ GRPC_ALLOWED = {
     "RESOURCE_EXHAUSTED",
     "FAILED_PRECONDITION",
 }
-# What grpc-java says of bytes that are no message: it throws before there is a request, and either says so or resets the
-# stream, which the door cannot tell from a server that is not there.
+# What grpc-java says of bytes that are no message: it throws before there is a request, and either says so or resets
+# the stream, which the door cannot tell from a server that is not there.
 GRPC_UNREADABLE = {"UNKNOWN", "INTERNAL", "UNAVAILABLE"}
 # TorchServe's own word for /v2/models/M/versions/V/infer.
 _NO_VERSIONS = {"error": "Model versioning is not yet supported."}
 # TorchServe says INTERNAL for some things that are the client's fault; these are its words for them.
-GRPC_EXPLAINED = {"INTERNAL": re.compile("(?i)model not found|model .*does not exist")}
+GRPC_EXPLAINED = {"INTERNAL": re.compile("(?is)model not found|model .*does not exist|model_name is required")}
 
 
 @dataclass
@@ -150,8 +150,8 @@ def _canary(site: Site) -> str:
             return f"REST: {answer.status_code} {answer.text[:300]}"
         decode_drift(decode_answer(answer.content).predictions)
         with site.channel() as channel:
-            metadata = [("authorization", f"Bearer {site.tokens['predict']}")]
-            reply = channel.unary_unary(PREDICTIONS)(message(MODEL, CANARY), metadata=metadata, timeout=10)
+            metadata = (("authorization", f"Bearer {site.tokens['predict']}"),)
+            reply = channel.unary_unary(PREDICTIONS, None, None)(message(MODEL, CANARY), metadata=metadata, timeout=10)
         decode_drift(decode_answer(inference_pb2.PredictionResponse.FromString(reply).prediction).predictions)
     except Exception as error:  # whatever it is, the canary did not answer
         return repr(error)[:500]

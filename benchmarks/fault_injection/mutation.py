@@ -30,11 +30,8 @@ _HUGGING_FACE, _V1, _V2 = (
     f"/v1/models/{MODEL}:predict",
     f"/v2/models/{MODEL}/infer",
 )
-_V2_BODY = {
-    "id": "a",
-    "inputs": [{"name": "text", "datatype": "BYTES", "shape": [2], "data": [_TEXT, "Dull."]}],
-    "outputs": [{"name": "label"}],
-}
+_TENSOR: dict[str, Any] = {"name": "text", "datatype": "BYTES", "shape": [2], "data": [_TEXT, "Dull."]}
+_V2_BODY: dict[str, Any] = {"id": "a", "inputs": [_TENSOR], "outputs": [{"name": "label"}]}
 # Valid bodies with the route of each.
 _VALID: list[tuple[str, Any]] = [
     (_HUGGING_FACE, BODY),
@@ -525,12 +522,8 @@ class Source:
                 (_V2, {**_V2_BODY, chance.choice(("id", "outputs", "parameters", "model_name")): value}),
                 (
                     _V2,
-                    {
-                        "inputs": [
-                            {**_V2_BODY["inputs"][0], chance.choice(("name", "datatype", "shape", "data")): value}
-                        ]
-                    },
-                ),  # type: ignore[dict-item]
+                    {"inputs": [{**_TENSOR, chance.choice(("name", "datatype", "shape", "data")): value}]},
+                ),
             )
         )
         escaped = chance.random() < 0.7
@@ -608,23 +601,21 @@ class Source:
     def _grpc_metadata(self, chance: random.Random) -> Call:
         body = self._predictions(json.dumps(BODY).encode())
         good = self.tokens["predict"]
-        metadata: list[tuple[str, str | bytes]] = chance.choice(
-            (
-                [],
-                [("authorization", f"Bearer {self.tokens[chance.choice(list(self.tokens))]}")],
-                [("authorization", good)],
-                [("authorization", f"Bearer {good}x")],
-                [("authorization", f"Bearer {good}"), ("authorization", f"Bearer {good}")],
-                [*self._bearer(), ("explain", "True"), ("describe", "True")],
-                [*self._bearer(), ("x-request-id", '"},{"forged')],
-                [*self._bearer(), ("x-bin", bytes(range(256)))],
-                [*self._bearer(), ("x-long", "y" * 6000)],
-                [*self._bearer(), *((f"x-{n}", "y") for n in range(200))],
-                [*self._bearer(), ("content-type-x", "text/html"), ("url_path", "../models")],
-                [*self._bearer(), ("traceparent", "00-zz")],
-            )
-        )
-        return Call("metadata", PREDICTIONS, body, metadata)
+        choices: list[list[tuple[str, str | bytes]]] = [
+            [],
+            [("authorization", f"Bearer {self.tokens[chance.choice(list(self.tokens))]}")],
+            [("authorization", good)],
+            [("authorization", f"Bearer {good}x")],
+            [("authorization", f"Bearer {good}"), ("authorization", f"Bearer {good}")],
+            [*self._bearer(), ("explain", "True"), ("describe", "True")],
+            [*self._bearer(), ("x-request-id", '"},{"forged')],
+            [*self._bearer(), ("x-bin", bytes(range(256)))],
+            [*self._bearer(), ("x-long", "y" * 6000)],
+            [*self._bearer(), *((f"x-{n}", "y") for n in range(200))],
+            [*self._bearer(), ("content-type-x", "text/html"), ("url_path", "../models")],
+            [*self._bearer(), ("traceparent", "00-zz")],
+        ]
+        return Call("metadata", PREDICTIONS, body, chance.choice(choices))
 
     def _grpc_method(self, chance: random.Random) -> Call:
         method = chance.choice(

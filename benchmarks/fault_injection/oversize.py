@@ -20,8 +20,8 @@ _READINGS, _SECONDS_BETWEEN = 9, 0.5
 _MIB = 1024 * 1024
 # What such a body may be told.
 _REFUSED = {"413", "gRPC 8", "reset", "GOAWAY", "closed"}
-# TorchServe refuses a message by the length that stands before it, sooner than the door would by what it has counted; it
-# resets the stream or says UNKNOWN, and the door can only call the former UNAVAILABLE.
+# TorchServe refuses a message by the length that stands before it, sooner than the door would by what it has counted.
+# It resets the stream or says UNKNOWN, and the door can only call the former UNAVAILABLE.
 _REFUSED |= {"gRPC 2", "gRPC 14"}
 
 
@@ -35,7 +35,8 @@ def oversize(bench: Bench) -> tuple[list[Target], Any]:
         for attack in islice(cycle(_ATTACKS.values()), bench.times(count, 4 * len(_ATTACKS))):
             attack(site)
         before = _memory(site)
-        sent, told = [], []
+        sent: list[dict[str, Any]] = []
+        told: list[tuple[str, str]] = []
         for name, attack in islice(cycle(_ATTACKS.items()), count):
             begun = time.monotonic()
             how, much = attack(site)

@@ -112,8 +112,9 @@ def _smuggle(site: Site) -> tuple[list[dict[str, Any]], int]:
             told, contents = smuggling.send_http2(port, site.certificate, hidden, *http2_case(hidden))
             # gRPC's port has no REST: its marked request is one that is not served.
             marked_wrong = port == site.rest and told.get(3) == "200" and json.loads(contents[3]) != known
-            answers = [f"{stream}: {told[stream]}" for stream in sorted(told)]
-            cases.append({"case": name, "answers": answers, "desync": not told.keys() <= {0, 1, 3} or marked_wrong})
+            desync = not told.keys() <= {0, 1, 3} or marked_wrong
+            said = [f"{stream}: {told[stream]}" for stream in sorted(told)]
+            cases.append({"case": name, "answers": said, "desync": desync})
     # A connection between nginx and TorchServe that had a hidden answer on it would give it to somebody else.
     for _ in range(300):
         wrong += site.predict(session).json() != known
