@@ -61,7 +61,7 @@ class Supervisor:
             if self._reload_asked:
                 self._reload()
             elif self._front.logs_are_large():
-                self._front.reopen_logs()
+                self._front.begin_logs_anew()
             if not self._front.alive():
                 LOG.error("nginx has ended by itself: starting it anew")
                 self._tell_front(self._front.start)
