@@ -96,7 +96,8 @@ def _smuggle(site: Site) -> tuple[list[dict[str, Any]], int]:
     session = site.session()
     known = site.predict(session).json()
     _proof(site, key)
-    cases, wrong = [], 0
+    cases: list[dict[str, Any]] = []
+    wrong = 0
     hidden_before = _hidden_requests(site)
     for number, (name, http1) in enumerate(smuggling.HTTP1.items()):
         hidden = smuggling.Hidden(number, site.tokens["predict"].encode(), key.encode(), body)
