@@ -298,14 +298,22 @@ class Front:
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def begin_logs_anew(self) -> None:
+        """Begins large logs anew under the same processes: new ones end idle connections, on which a request may come.
+
+        A line that is written at that moment may be lost. nginx could not open new files everywhere: its processes may
+        be nobody's, who cannot enter the folder in which its master has opened them.
+        """
+        self._rotate(in_use=True)
+
     def logs_are_large(self) -> bool:
-        """Whether a reload should begin new log files."""
+        """Whether new log files should begin."""
         return any(path.exists() and path.stat().st_size > _LOG_BYTES for path in _logs())
 
-    def _rotate(self) -> None:
+    def _rotate(self, in_use: bool = False) -> None:
         for path in _logs():
             if path.exists() and path.stat().st_size > _LOG_BYTES:
-                rotate(path, _OLD_LOGS)
+                rotate(path, _OLD_LOGS, in_use)
 
     def _write_inner(self, key: str | None) -> None:
         token = f"Bearer {key}" if key else ""

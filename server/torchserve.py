@@ -210,14 +210,22 @@ def _with_metrics(config: Path, folder: Path) -> Path:
     return copy
 
 
-def rotate(path: Path, kept: int) -> None:
-    """Renames `path`, if it exists, to `path.1`, that to `path.2` and so on; the last of `kept` is gone."""
+def rotate(path: Path, kept: int, in_use: bool = False) -> None:
+    """Renames `path`, if it exists, to `path.1`, that to `path.2` and so on; the last of `kept` is gone.
+
+    in_use: a process goes on appending to `path`, which therefore is copied and emptied.
+    """
     if not path.exists():
         return
     for number in range(kept - 1, 0, -1):
         if (older := path.with_name(f"{path.name}.{number}")).exists():
             older.replace(path.with_name(f"{path.name}.{number + 1}"))
-    path.replace(path.with_name(f"{path.name}.1"))
+    first = path.with_name(f"{path.name}.1")
+    if in_use:
+        shutil.copyfile(path, first)
+        os.truncate(path, 0)
+    else:
+        path.replace(first)
 
 
 class Logs:
