@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from server import front, supervisor, tokens, trust
+from server import front, supervisor, tokens, trust, upgrade
 from server.archive import Archive, ArchiveError, verify
 from server.readiness import wait_until_ready
 from server.torchserve import ROOT, Addresses, Server, ServerError, check_free, read_properties, start
@@ -38,7 +38,7 @@ def serve(argv: Sequence[str]) -> None:
         return
     archives = admitted(archives, arguments)
     started = time.monotonic()
-    server, logs = start(archives, config, arguments.store, tokens=not arguments.no_auth)
+    server, logs = start(archives, config, tokens=not arguments.no_auth, trust=arguments.trust)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         wait_until_ready(server, archives, logs, arguments.timeout)
@@ -65,7 +65,7 @@ def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace) -
     archives = admitted(archives, arguments)
 
     def launch() -> Server:
-        server, logs = start(archives, arguments.config, arguments.store, tokens=not arguments.no_auth)
+        server, logs = start(archives, arguments.config, tokens=not arguments.no_auth, trust=arguments.trust)
         wait_until_ready(server, archives, logs, arguments.timeout)
         if arguments.trust is not None:
             trust.remember(archives)
@@ -107,10 +107,10 @@ def trusted_by(config: Path) -> Path | None:
 
 
 def admitted(archives: list[Archive], arguments: argparse.Namespace) -> list[Archive]:
-    """Where a key is trusted: verified copies in a private store, which becomes that of the arguments."""
+    """The archives in the server's own store; where a key is trusted, copies that it has signed."""
     if arguments.trust is None:
-        return archives
-    arguments.store = trust.STORE
+        trust.empty_store()
+        return [trust.keep(archive, archive.name) for archive in archives]
     return trust.admit(archives, arguments.trust, allow_downgrade=arguments.allow_downgrade)
 
 
@@ -238,8 +238,12 @@ if __name__ == "__main__":
                 serve(rest)
             case ["token", *rest]:
                 token(rest)
+            case ["upgrade", *rest]:
+                upgrade.upgrade(rest)
+            case ["rollback", *rest]:
+                upgrade.rollback(rest)
             case _:
-                sys.exit("use scripts/serve, scripts/stop or scripts/token")
+                sys.exit("use scripts/serve, stop, token, upgrade or rollback")
     except (ArchiveError, ServerError) as error:
         sys.exit(f"scripts/{sys.argv[1]}: {error}")
     except KeyboardInterrupt:

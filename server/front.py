@@ -230,6 +230,7 @@ class Front:
         )
         tokens.write_private(self.folder / "nginx.conf", configuration)
         self.write_tokens()
+        write_share(self.folder)
         self._write_inner(None)
 
     def write_tokens(self) -> None:
@@ -273,7 +274,11 @@ class Front:
         self.reload()
 
     def close(self) -> None:
-        """Answers every request with 503, while TorchServe is not there: it is told apart from one that fails."""
+        """Answers every request with 503, while TorchServe is not there: it is told apart from one that fails.
+
+        A version on trial is gone with it.
+        """
+        write_share(self.folder)
         self._write_inner(None)
         self.reload()
 
@@ -345,6 +350,17 @@ def _nobody() -> str | None:
 def write_tokens(folder: Path) -> None:
     """Writes the maps of clients' tokens where the nginx of `folder` reads them."""
     tokens.write_private(folder / "tokens.conf", tokens.nginx_maps(tokens.read()))
+
+
+def write_share(folder: Path, model: str = "", version: str = "", share: float = 0) -> None:
+    """Has `share` percent of the requests for a model go to a version of it; without arguments none do."""
+    text = 'map "" $marble_share { default ""; }\n'
+    if model:
+        text = (
+            f'split_clients $request_id $marble_split {{ {share:.2f}% "/{version}"; * ""; }}\n'
+            f'map $marble_model $marble_share {{ default ""; "{model}" $marble_split; }}\n'
+        )
+    tokens.write_private(folder / "share.conf", text)
 
 
 def reload(nginx: int) -> None:

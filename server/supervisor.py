@@ -117,7 +117,7 @@ class Supervisor:
             self._promise(self._launch_seconds + _ROUND_SECONDS + _BACK_OFF_SECONDS[-1])
             self._health.restarts += 1
             try:
-                self._server.stop(seconds=0)
+                self._server.end(seconds=0)
                 # Workers end when their frontend is gone; those that are stopped or stuck do not.
                 _kill(orphans)
                 self._server = self._launch()

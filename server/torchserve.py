@@ -22,6 +22,10 @@ from server.archive import Archive
 ROOT = Path(__file__).resolve().parent.parent
 # Where the running server of a working directory writes itself down.
 STATE = Path("run/server.json")
+# What it serves: its own copies, or links, of archives. Its owner alone may read it.
+STORE = Path("run/store")
+# The version that gets a share of the requests, if there is one.
+TRIAL = Path("run/trial.json")
 LOGS = Path("logs")
 # What the JVM itself prints, which is little; those of earlier starts are kept, as many as old files of each other log.
 CONSOLE = "console.log"
@@ -76,13 +80,17 @@ class Addresses:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A TorchServe process of ours, as written down in `run/server.json`."""
+    """A TorchServe process of ours, as written down in `run/server.json`.
+
+    trust: the public key that archives must be signed by, if there is one.
+    """
 
     pid: int
     created: float
     scratch: str
     models: dict[str, str]
     addresses: Addresses
+    trust: str | None = None
 
     @classmethod
     def running(cls) -> "Server | None":
@@ -110,8 +118,13 @@ class Server:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None, None
 
-    def stop(self, seconds: float = _SECONDS_TO_STOP) -> None:
-        """Ends the server and its workers: politely, then, after `seconds`, by force."""
+    def stop(self) -> None:
+        """Ends the server, and removes what it has written for itself."""
+        self.end()
+        shutil.rmtree(STORE, ignore_errors=True)
+
+    def end(self, seconds: float = _SECONDS_TO_STOP) -> None:
+        """Ends the server and its workers: politely, then, after `seconds`, by force. Its store stays."""
         process = self.process()
         if process is not None:
             family = [process, *process.children(recursive=True)]
@@ -121,8 +134,8 @@ class Server:
                 survivor.kill()
             psutil.wait_procs(left, timeout=5)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        STATE.unlink(missing_ok=True)
-        KEYS.unlink(missing_ok=True)
+        for path in (STATE, KEYS, TRIAL):
+            path.unlink(missing_ok=True)
 
 
 def find_process(pid: int, created: float) -> psutil.Process | None:
@@ -154,8 +167,13 @@ def check_free(ports: Sequence[tuple[str, int]]) -> None:
                 ) from None
 
 
-def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: bool) -> tuple[Server, "Logs"]:
-    """Starts TorchServe on verified archives; it is not ready yet. Raises ServerError if it does not start at all."""
+def start(
+    archives: Sequence[Archive], config: Path, *, tokens: bool, trust: Path | None = None
+) -> tuple[Server, "Logs"]:
+    """Starts TorchServe on verified archives of `STORE`; it is not ready yet.
+
+    trust: the key that has signed them. Raises ServerError if it does not start at all.
+    """
     addresses = Addresses.read(config)
     # Short, because worker sockets lie in it and their paths may have 107 characters; its own, so that two servers
     # on one machine do not share sockets.
@@ -180,7 +198,7 @@ def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: boo
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--ncs"),
         *("--ts-config", str(settings), "--log-config", str(ROOT / "deploy" / "log4j2.xml")),
-        *("--model-store", str(store), "--models", *(f"{a.name}={a.path.name}" for a in archives)),
+        *("--model-store", str(STORE), "--models", *(f"{a.name}={a.path.name}" for a in archives)),
         *([] if tokens else ["--disable-token-auth"]),
     ]
     rotate(LOGS / CONSOLE, _OLD_CONSOLES)
@@ -197,7 +215,14 @@ def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: boo
         created = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
         created = time.time()
-    server = Server(pid, created, scratch, {a.name: a.path.name for a in archives}, addresses)
+    server = Server(
+        pid,
+        created,
+        scratch,
+        {a.name: a.path.name for a in archives},
+        addresses,
+        str(trust.resolve()) if trust else None,
+    )
     STATE.write_text(json.dumps(asdict(server), indent=2) + "\n", encoding="utf-8")
     return server, logs
 

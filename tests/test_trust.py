@@ -15,7 +15,7 @@ from test_provenance import P256, flip, make_key
 from archiver import sign
 from server import trust
 from server.archive import Archive, ArchiveError, verify
-from server.torchserve import Server
+from server.torchserve import STORE, Server
 
 MEMBERS = ("MAR-INF/MANIFEST.json", "config.json", "golden.jsonl", "model-config.yaml", "model.safetensors")
 SUFFIXES = (".mar", ".mar.sha256", ".cdx.json", ".manifest.json", ".sig")
@@ -186,7 +186,7 @@ def test_a_tampered_archive_is_refused_before_it_runs(store: Path, tampering: st
     with pytest.raises(ArchiveError):
         admit(store)
     assert not (store / "it-ran").exists()
-    assert not (trust.STORE / "small.mar").exists()
+    assert not (STORE / "small.mar").exists()
 
 
 def test_there_are_enough_of_them() -> None:
@@ -198,14 +198,14 @@ def test_there_are_enough_of_them() -> None:
 
 def test_a_private_copy_is_served(store: Path) -> None:
     [archive] = admit(store)
-    assert (archive.name, archive.path) == ("small", trust.STORE / "small.mar")
+    assert (archive.name, archive.path) == ("small", STORE / "small.mar")
     assert archive.path.read_bytes() == of(store, ".mar").read_bytes()
     assert not archive.path.samefile(of(store, ".mar"))
-    assert stat.S_IMODE(trust.STORE.stat().st_mode) == 0o700
+    assert stat.S_IMODE(STORE.stat().st_mode) == 0o700
     assert stat.S_IMODE(archive.path.stat().st_mode) == 0o400
     flip(of(store, ".mar"))
     assert [entry.name for entry in admit(store, name="other")] == ["other"]
-    assert not (trust.STORE / "small.mar").exists()
+    assert not (STORE / "small.mar").exists()
 
 
 def test_an_older_version_is_refused(store: Path) -> None:
