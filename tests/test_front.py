@@ -187,6 +187,7 @@ ROUTES = [
     ("POST", f"/predictions/{MODEL}/1.0", BODY, "predict"),
     ("POST", f"/v1/models/{MODEL}:predict", {"instances": ["good"]}, "predict"),
     ("POST", f"/v2/models/{MODEL}/infer", V2, "predict"),
+    ("POST", f"/v2/models/{MODEL}/versions/1.0/infer", V2, "predict"),
     ("POST", f"/explanations/{MODEL}", BODY, "explain"),
     ("GET", "/metrics", None, "metrics"),
     ("GET", "/status", None, "admin"),
@@ -217,6 +218,16 @@ def test_every_route_with_every_kind_of_token(door: Door, method: str, path: str
             assert answer.json()["type"] == "NotSupported"
         else:
             assert answer.status_code == 200, answer.text
+
+
+def test_a_version_of_open_inference_is_that_version(door: Door) -> None:
+    predict = door.tokens["predict"]
+    answers = [
+        door.ask("POST", f"/v2/models/{MODEL}{version}/infer", predict, json=V2).json()
+        for version in ("", "/versions/1.0")
+    ]
+    assert answers[0] == answers[1]
+    assert door.ask("POST", f"/v2/models/{MODEL}/versions/7/infer", predict, json=V2).status_code == 404
 
 
 def test_other_spellings_of_a_token(door: Door) -> None:

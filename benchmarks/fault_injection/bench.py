@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,15 +42,15 @@ class Bench:
         """How often something is done."""
         return quick if self.quick else full
 
-    def site(self, name: str, **settings: object) -> Site:
-        """A server of `reviews` behind its front door, in a folder of its own; a context manager.
+    def site(self, name: str, models: Sequence[str] = (MODEL,), **settings: object) -> Site:
+        """A server of these models behind its front door, in a folder of its own; a context manager.
 
         settings: those of front.properties that differ.
         """
         folder = self.work / "sites" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        return Site(folder, self.store, [MODEL], settings)
+        return Site(folder, self.store, models, settings)
 
     def prepare(self) -> None:
         """Trains and builds what is not in the store yet. Raises subprocess.CalledProcessError if it cannot."""
