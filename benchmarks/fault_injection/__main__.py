@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_injection import access, processes
+from benchmarks.fault_injection import access, processes, wedge
 from benchmarks.fault_injection.bench import Bench, Target
 from benchmarks.fault_injection.site import ROOT, SiteError
 
@@ -30,6 +30,7 @@ RESULTS = ROOT / "benchmarks" / "faults-results.json"
 # Each gives its figures and what they were taken from.
 ROWS: dict[str, Callable[[Bench], tuple[list[Target], Any]]] = {
     "2": processes.kill_workers,
+    "4": wedge.wedge,
     "11": access.every_route,
 }
 
