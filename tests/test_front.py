@@ -564,11 +564,13 @@ def test_no_token_is_written_down(door: Door) -> None:
 
 def test_the_log_has_who_asked_and_no_text(door: Door) -> None:
     door.ask("POST", f"/predictions/{MODEL}?secret=planted", door.tokens["predict"], json={"inputs": "a planted text"})
+    path, headers = f"/predictions/{MODEL}?secret=planted", {"Referer": "https://planted.example"}
+    assert door.ask("POST", path, door.tokens["predict"], headers=headers, data=b"x" * 200_000).status_code == 413
     log = door.folder / "logs" / "front_access.log"
-    door.wait_until(lambda: '"client":"predict"' in log.read_text())
+    door.wait_until(lambda: '"client":"predict"' in log.read_text() and '"status":413' in log.read_text())
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {"status", "path", "request", "seconds"} <= lines[0].keys()
-    assert "planted" not in log.read_text()
+    assert "planted" not in log.read_text() + (door.folder / "logs" / "front_error.log").read_text()
 
 
 # --- Health ----------------------------------------------------------------------------------------------------------

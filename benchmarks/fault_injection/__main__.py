@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_injection import access, processes, wedge
+from benchmarks.fault_injection import access, exposure, processes, wedge
 from benchmarks.fault_injection.bench import Bench, Target
 from benchmarks.fault_injection.site import ROOT, SiteError
 
@@ -32,6 +32,7 @@ ROWS: dict[str, Callable[[Bench], tuple[list[Target], Any]]] = {
     "2": processes.kill_workers,
     "4": wedge.wedge,
     "11": access.every_route,
+    "13": exposure.exposure,
 }
 
 
