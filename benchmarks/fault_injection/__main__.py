@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_injection import access, exposure, processes, wedge
+from benchmarks.fault_injection import access, exposure, overload, processes, wedge
 from benchmarks.fault_injection.bench import Bench, Target
 from benchmarks.fault_injection.site import ROOT, SiteError
 
@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "faults-results.json"
 ROWS: dict[str, Callable[[Bench], tuple[list[Target], Any]]] = {
     "2": processes.kill_workers,
     "4": wedge.wedge,
+    "7": overload.overload,
     "11": access.every_route,
     "13": exposure.exposure,
 }
