@@ -573,6 +573,26 @@ def test_the_log_has_who_asked_and_no_text(door: Door) -> None:
     assert "planted" not in log.read_text() + (door.folder / "logs" / "front_error.log").read_text()
 
 
+def test_a_large_log_begins_anew_and_connections_stay(door: Door) -> None:
+    log = door.folder / "logs" / "front_access.log"
+    old = log.with_name("front_access.log.1")
+    with door.connect() as connection:
+        ask = b"GET /live HTTP/1.1\r\nHost: x\r\nX-Request-Id: %s\r\n\r\n"
+        connection.sendall(ask % b"before-it")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        door.wait_until(lambda: "before-it" in log.read_text())
+        with log.open("ab") as file:
+            file.write(b"\n" * 20_000_000)
+        door.wait_until(old.exists)
+        connection.sendall(ask % b"after-it")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    door.wait_until(lambda: "after-it" in log.read_text())
+    assert "before-it" in old.read_text()
+    assert log.stat().st_size < 100_000
+    assert b"\0" not in log.read_bytes()
+    old.unlink()
+
+
 # --- Health ----------------------------------------------------------------------------------------------------------
 
 
