@@ -8,7 +8,7 @@ ffi.cdef [[
 local CLOCK_MONOTONIC = 1
 local MOST_SECONDS_BEHIND = 0.1
 local stamp = ffi.new("struct marble_time")
-local body, rate, due
+local rate, due
 
 local function now()
   ffi.C.clock_gettime(CLOCK_MONOTONIC, stamp)
@@ -17,13 +17,10 @@ end
 
 function init(arguments)
   rate = tonumber(arguments[2])
+  -- Without a function `request` of its own wrk makes the bytes once, which takes it less time for each request.
+  wrk.method, wrk.body = "POST", arguments[1]
   wrk.headers["Content-Type"] = "application/json"
-  body = wrk.format("POST", nil, nil, arguments[1])
   due = now()
-end
-
-function request()
-  return body
 end
 
 -- One schedule for all connections: whichever is free takes the next turn. What a stall has made late is not made up for.

@@ -1,7 +1,9 @@
 """Row 7: more requests than the model can answer, over REST through the front door.
 
-wrk offers the load at a fixed rate over many connections that are kept. Beside it a probe asks at 50 a second and keeps
-each answer's status and time: wrk's own latencies do not tell those that were refused from the others.
+wrk offers the load at a fixed rate over many connections that are kept. It has the lowest priority, as it would be on
+another machine, and what it could not offer is no overload: a factor without its rate is not met. Beside it a probe
+asks at 50 a second and keeps each answer's status and time: wrk's own latencies do not tell those that were refused
+from the others.
 """
 
 import json
@@ -18,15 +20,15 @@ import psutil
 from benchmarks.fault_injection.bench import MODEL, Bench, Target
 from benchmarks.fault_injection.load import Load, Outcome, between, percentile, statuses
 from benchmarks.fault_injection.site import BODY, Site, SiteError
+from server.torchserve import read_properties
 
 _SCRIPT = Path(__file__).with_name("overload.lua")
 _CLOSED_LOOPS = (8, 16, 32, 64)
-# Twice as many requests in flight as come near the peak: one batch is computed, one waits. With less the model idles
-# while the next batch comes in; more are answered no sooner.
-_NEAR_PEAK = 0.9
 _STEADY = 0.8
 # How many times the peak is offered, and what share of it must still be answered.
 _FACTORS = {2: 0.95, 5: 0.9, 10: 0.8}
+# What wrk must have brought of the rate that it was told.
+_OFFERED = 0.95
 _CONNECTIONS = 256
 _PROBES_A_SECOND = 50.0
 _SECONDS_TO_REFUSE = 0.05
@@ -36,18 +38,16 @@ _REFUSED = ("429", "503")
 
 
 def overload(bench: Bench) -> tuple[list[Target], Any]:
-    """Row 7. `all_in_flight` is what the model needs to be at its peak, a fraction of a second's answers."""
+    """Row 7, with `all_in_flight` as front.properties has it: two full batches of the model."""
     seconds = bench.times(20, 5)
-    with bench.site("overload-peak", all_in_flight=1000, client_in_flight=1000) as site:
+    with bench.site("overload") as site:
         offer(site, 16, 0, _WARM_UP_SECONDS)
         loops = {loop: offer(site, loop, 0, seconds) for loop in _CLOSED_LOOPS}
-    peak = max(entry["goodput"] for entry in loops.values())
-    in_flight = 2 * min(loop for loop, entry in loops.items() if entry["goodput"] >= _NEAR_PEAK * peak)
-    with bench.site("overload", all_in_flight=in_flight, client_in_flight=in_flight) as site:
-        offer(site, 16, 0, _WARM_UP_SECONDS)
+        peak = max(entry["goodput"] for entry in loops.values())
         steady = phase(site, _STEADY * peak, seconds)
         allowed = 2 * steady["accepted_p99_s"]
         rounds = {factor: phase(site, factor * peak, seconds, allowed) for factor in _FACTORS}
+        limits = read_properties(site.folder / "front.properties")
     targets = []
     for factor, share in _FACTORS.items():
         found = rounds[factor]
@@ -55,7 +55,13 @@ def overload(bench: Bench) -> tuple[list[Target], Any]:
         refused, accepted, normal = found["refused_p99_s"], found["accepted_p99_s"], found["seconds_to_normal"]
         named, neither = f"{factor}x", found["others"] + found["broken"]
         targets += [
-            Target(f"7a-{named}", f"goodput at {named}, of {peak:.0f}/s", goodput, f">= {share}", goodput >= share),
+            Target(
+                f"7a-{named}",
+                f"goodput at {named} ({found['offered']:.0f}/s offered), of the peak of {peak:.0f}/s",
+                goodput,
+                f">= {share}",
+                goodput >= share and found["offered"] >= _OFFERED * factor * peak,
+            ),
             Target(
                 f"7b-{named}",
                 f"refused at {named} within, p99, s; {neither} neither answered nor refused",
@@ -80,7 +86,7 @@ def overload(bench: Bench) -> tuple[list[Target], Any]:
         ]
     return targets, {
         "peak": peak,
-        "in_flight": in_flight,
+        "all_in_flight": int(limits["all_in_flight"]),
         "closed_loops": loops,
         "steady": steady,
         **{f"{factor}x": found for factor, found in rounds.items()},
@@ -99,7 +105,18 @@ def generate(site: Site, connections: int, rate: float, seconds: float) -> "subp
     """Starts wrk."""
     token = f"Authorization: Bearer {site.tokens['predict']}"
     command = [
-        *("wrk", "--threads", "1", "--connections", str(connections), "--duration", f"{round(seconds)}s"),
+        *(
+            "nice",
+            "-n",
+            "19",
+            "wrk",
+            "--threads",
+            "1",
+            "--connections",
+            str(connections),
+            "--duration",
+            f"{round(seconds)}s",
+        ),
         *("--timeout", "10s", "--header", token, "--script", str(_SCRIPT), f"{site.url}/predictions/{MODEL}"),
         *("--", json.dumps(BODY), str(rate)),
     ]
