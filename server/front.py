@@ -241,7 +241,7 @@ class Front:
         """Starts nginx; returns when it listens. Raises ServerError with what it says."""
         LOGS.mkdir(exist_ok=True)
         log = LOGS / "front_error.log"
-        self._rotate()
+        self.rotate_logs()
         # What one that was killed has left: its processes, which still listen, and its file.
         if self._process is not None:
             _kill_group(self._process.pid)
@@ -285,7 +285,6 @@ class Front:
     def reload(self) -> None:
         """Has nginx read its configuration, tokens and certificate anew; requests go on meanwhile."""
         if self._process is not None and self._process.poll() is None:
-            self._rotate()
             try:
                 reload(self._process.pid)
             except psutil.NoSuchProcess:
@@ -303,22 +302,15 @@ class Front:
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def begin_logs_anew(self) -> None:
-        """Begins large logs anew under the same processes: new ones end idle connections, on which a request may come.
+    def rotate_logs(self) -> None:
+        """Begins the log files anew that are large.
 
-        A line that is written at that moment may be lost. nginx could not open new files everywhere: its processes may
-        be nobody's, who cannot enter the folder in which its master has opened them.
+        nginx is not told: a reload would close its kept connections, with a request on one now and then, and the
+        processes that it has as nobody may not be able to open a file in this folder.
         """
-        self._rotate(in_use=True)
-
-    def logs_are_large(self) -> bool:
-        """Whether new log files should begin."""
-        return any(path.exists() and path.stat().st_size > _LOG_BYTES for path in _logs())
-
-    def _rotate(self, in_use: bool = False) -> None:
-        for path in _logs():
+        for path in (LOGS / "front_access.log", LOGS / "front_error.log"):
             if path.exists() and path.stat().st_size > _LOG_BYTES:
-                rotate(path, _OLD_LOGS, in_use)
+                rotate(path, _OLD_LOGS, held=True)
 
     def _write_inner(self, key: str | None) -> None:
         token = f"Bearer {key}" if key else ""
@@ -333,10 +325,6 @@ def _kill_group(leader: int) -> None:
     """Kills an nginx with all its processes: it was started as the leader of a group of its own."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
-
-
-def _logs() -> list[Path]:
-    return [LOGS / "front_access.log", LOGS / "front_error.log"]
 
 
 def _nobody() -> str | None:

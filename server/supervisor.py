@@ -53,15 +53,14 @@ class Supervisor:
         LOG.info("open: %s behind REST %s and gRPC %s", ", ".join(self._server.models), *self._addresses())
 
     def stay(self) -> None:
-        """Watches until a signal ends it (SystemExit). SIGHUP: new certificates, tokens and log files."""
+        """Watches until a signal ends it (SystemExit). SIGHUP: new certificates and tokens."""
         signal.signal(signal.SIGHUP, self._ask_for_reload)
         due = time.monotonic() + self._timing.every
         while True:
             time.sleep(_POLL_SECONDS)
+            self._front.rotate_logs()
             if self._reload_asked:
                 self._reload()
-            elif self._front.logs_are_large():
-                self._front.begin_logs_anew()
             if not self._front.alive():
                 LOG.error("nginx has ended by itself: starting it anew")
                 self._tell_front(self._front.start)

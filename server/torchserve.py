@@ -235,22 +235,23 @@ def _with_metrics(config: Path, folder: Path) -> Path:
     return copy
 
 
-def rotate(path: Path, kept: int, in_use: bool = False) -> None:
+def rotate(path: Path, kept: int, *, held: bool = False) -> None:
     """Renames `path`, if it exists, to `path.1`, that to `path.2` and so on; the last of `kept` is gone.
 
-    in_use: a process goes on appending to `path`, which therefore is copied and emptied.
+    held: another program goes on appending to `path`, which is copied and emptied instead; a line that comes in the
+    instant between the two is lost.
     """
     if not path.exists():
         return
     for number in range(kept - 1, 0, -1):
         if (older := path.with_name(f"{path.name}.{number}")).exists():
             older.replace(path.with_name(f"{path.name}.{number + 1}"))
-    first = path.with_name(f"{path.name}.1")
-    if in_use:
-        shutil.copyfile(path, first)
+    newest = path.with_name(f"{path.name}.1")
+    if held:
+        shutil.copyfile(path, newest)
         os.truncate(path, 0)
     else:
-        path.replace(first)
+        path.replace(newest)
 
 
 class Logs:

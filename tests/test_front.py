@@ -187,6 +187,7 @@ ROUTES = [
     ("POST", f"/predictions/{MODEL}/1.0", BODY, "predict"),
     ("POST", f"/v1/models/{MODEL}:predict", {"instances": ["good"]}, "predict"),
     ("POST", f"/v2/models/{MODEL}/infer", V2, "predict"),
+    ("POST", f"/v2/models/{MODEL}/versions/1.0/infer", V2, "predict"),
     ("POST", f"/explanations/{MODEL}", BODY, "explain"),
     ("GET", "/metrics", None, "metrics"),
     ("GET", "/status", None, "admin"),
@@ -217,6 +218,16 @@ def test_every_route_with_every_kind_of_token(door: Door, method: str, path: str
             assert answer.json()["type"] == "NotSupported"
         else:
             assert answer.status_code == 200, answer.text
+
+
+def test_a_version_of_open_inference_is_that_version(door: Door) -> None:
+    predict = door.tokens["predict"]
+    answers = [
+        door.ask("POST", f"/v2/models/{MODEL}{version}/infer", predict, json=V2).json()
+        for version in ("", "/versions/1.0")
+    ]
+    assert answers[0] == answers[1]
+    assert door.ask("POST", f"/v2/models/{MODEL}/versions/7/infer", predict, json=V2).status_code == 404
 
 
 def test_other_spellings_of_a_token(door: Door) -> None:
@@ -560,22 +571,33 @@ def test_no_token_is_written_down(door: Door) -> None:
 
 def test_the_log_has_who_asked_and_no_text(door: Door) -> None:
     door.ask("POST", f"/predictions/{MODEL}?secret=planted", door.tokens["predict"], json={"inputs": "a planted text"})
+    path, headers = f"/predictions/{MODEL}?secret=planted", {"Referer": "https://planted.example"}
+    assert door.ask("POST", path, door.tokens["predict"], headers=headers, data=b"x" * 200_000).status_code == 413
     log = door.folder / "logs" / "front_access.log"
-    door.wait_until(lambda: '"client":"predict"' in log.read_text())
+    door.wait_until(lambda: '"client":"predict"' in log.read_text() and '"status":413' in log.read_text())
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {"status", "path", "request", "seconds"} <= lines[0].keys()
-    assert "planted" not in log.read_text()
+    assert "planted" not in log.read_text() + (door.folder / "logs" / "front_error.log").read_text()
 
 
-def test_a_large_log_begins_anew_under_the_same_processes(door: Door) -> None:
+def test_a_large_log_begins_anew_and_connections_stay(door: Door) -> None:
     log = door.folder / "logs" / "front_access.log"
-    master = psutil.Process(door.state("front")["nginx"])  # type: ignore[arg-type]
-    before = master.children()
-    os.truncate(log, 20_000_001)
-    door.wait_until(lambda: log.with_name("front_access.log.1").exists() and log.stat().st_size < 10_000)
-    assert door.ask("GET", "/live", headers={"X-Request-Id": "after"}).ok
-    door.wait_until(lambda: '"request":"after"' in log.read_text())
-    assert master.children() == before
+    old = log.with_name("front_access.log.1")
+    with door.connect() as connection:
+        ask = b"GET /live HTTP/1.1\r\nHost: x\r\nX-Request-Id: %s\r\n\r\n"
+        connection.sendall(ask % b"before-it")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        door.wait_until(lambda: "before-it" in log.read_text())
+        with log.open("ab") as file:
+            file.write(b"\n" * 20_000_000)
+        door.wait_until(old.exists)
+        connection.sendall(ask % b"after-it")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    door.wait_until(lambda: "after-it" in log.read_text())
+    assert "before-it" in old.read_text()
+    assert log.stat().st_size < 100_000
+    assert b"\0" not in log.read_bytes()
+    old.unlink()
 
 
 # --- Health ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_injection import hostile, oversize, processes, protocol
+from benchmarks.fault_injection import (
+    access,
+    exposure,
+    hostile,
+    overload,
+    oversize,
+    processes,
+    protocol,
+    upgrades,
+    wedge,
+)
 from benchmarks.fault_injection.bench import Bench, Target
 from benchmarks.fault_injection.site import ROOT, SiteError
 
@@ -30,9 +40,16 @@ RESULTS = ROOT / "benchmarks" / "faults-results.json"
 # Each gives its figures and what they were taken from.
 ROWS: dict[str, Callable[[Bench], tuple[list[Target], Any]]] = {
     "2": processes.kill_workers,
+    "3": processes.kill_torchserve,
+    "4": wedge.wedge,
+    "5": processes.shut_down,
+    "6": upgrades.upgrade,
+    "7": overload.overload,
     "8": hostile.hostile,
     "9": protocol.protocol,
     "10": oversize.oversize,
+    "11": access.every_route,
+    "13": exposure.exposure,
 }
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,15 +42,15 @@ class Bench:
         """How often something is done."""
         return quick if self.quick else full
 
-    def site(self, name: str, **settings: object) -> Site:
-        """A server of `reviews` behind its front door, in a folder of its own; a context manager.
+    def site(self, name: str, models: Sequence[str] = (MODEL,), **settings: object) -> Site:
+        """A server of these models behind its front door, in a folder of its own; a context manager.
 
         settings: those of front.properties that differ.
         """
         folder = self.work / "sites" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        return Site(folder, self.store, [MODEL], settings)
+        return Site(folder, self.store, models, settings)
 
     def prepare(self) -> None:
         """Trains and builds what is not in the store yet. Raises subprocess.CalledProcessError if it cannot."""
@@ -61,12 +62,24 @@ class Bench:
         task = ["--task", "text-generation", "--from-scratch", small, "--max-steps", "5", "--max-length", "64"]
         self._build(STREAMS, [*task, "--train-file", str(corpus)])
 
+    def next_version(self) -> str:
+        """Builds the classifier once more, as version 2.0; returns the file's name in the store."""
+        name = f"{MODEL}-2"
+        if not (self.store / f"{name}.mar").exists():
+            self._run("./build_mar.sh", "--bundle", self.work / MODEL, "--name", name, "--version", "2.0")
+        return f"{name}.mar"
+
     def _build(self, name: str, training: list[str]) -> None:
         if (self.store / f"{name}.mar").exists():
             return
-        bundle = self.work / name
-        environment = {**os.environ, **_OFFLINE}
-        train = [sys.executable, "train.py", *training, "--output-dir", str(bundle), "--overwrite"]
-        subprocess.run(train, cwd=ROOT, env=environment, check=True)
-        build = ["./build_mar.sh", "--bundle", str(bundle), "--store", str(self.store), "--force"]
-        subprocess.run(build, cwd=ROOT, env=environment, check=True)
+        subprocess.run(
+            [sys.executable, "train.py", *training, "--output-dir", str(self.work / name), "--overwrite"],
+            cwd=ROOT,
+            env={**os.environ, **_OFFLINE},
+            check=True,
+        )
+        self._run("./build_mar.sh", "--bundle", self.work / name, "--force")
+
+    def _run(self, *command: object) -> None:
+        build = [*map(str, command), "--store", str(self.store)]
+        subprocess.run(build, cwd=ROOT, env={**os.environ, **_OFFLINE}, check=True)

@@ -29,6 +29,11 @@ class Outcome:
     seconds: float
 
     @property
+    def sent(self) -> float:
+        """time.monotonic() when it was sent."""
+        return self.at - self.seconds
+
+    @property
     def good(self) -> bool:
         """Whether it was answered."""
         return self.status in ("200", "OK")
