@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +12,11 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from archiver import bom, sign
+from benchmarks.fault_injection.tampering import P256, flip, make_key
 from server.archive import ArchiveError, verify
 from training.errors import UserError
 
 DIGEST = "ab" * 32
-P256 = ("EC", "-pkeyopt", "ec_paramgen_curve:P-256")
-
-
-def make_key(path: Path, *kind: str) -> Path:
-    subprocess.run(["openssl", "genpkey", "-algorithm", *kind, "-out", path], check=True, capture_output=True)
-    public = path.with_suffix(".pub")
-    subprocess.run(["openssl", "pkey", "-in", path, "-pubout", "-out", public], check=True, capture_output=True)
-    return path
 
 
 @pytest.fixture
@@ -90,12 +82,6 @@ def check(folder: Path, archive: Path, key: Path) -> None:
 
 def test_the_signature_holds(signed: Path, tmp_path: Path) -> None:
     check(staged(signed), signed, tmp_path / "key.pub")
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 FILES = ("small.mar", "small.mar.sha256", "small.cdx.json", "small.manifest.json")

@@ -3,40 +3,17 @@
 import json
 import shutil
 import stat
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import run, serve, stop, succeeded, write_config
-from test_provenance import P256, flip, make_key
 
 from archiver import sign
+from benchmarks.fault_injection.tampering import P256, TAMPERINGS, flip, make, make_key, of
 from server import trust
 from server.archive import Archive, ArchiveError, verify
 from server.torchserve import STORE, Server
-
-MEMBERS = ("MAR-INF/MANIFEST.json", "config.json", "golden.jsonl", "model-config.yaml", "model.safetensors")
-SUFFIXES = (".mar", ".mar.sha256", ".cdx.json", ".manifest.json", ".sig")
-
-
-def make(store: Path, name: str, key: Path, version: str = "1.0", **members: bytes) -> Path:
-    """A signed archive whose code leaves a mark where it runs."""
-    archive = store / f"{name}.mar"
-    contents = dict.fromkeys(MEMBERS, b"{}") | {
-        "MAR-INF/MANIFEST.json": json.dumps({"model": {"modelName": name, "modelVersion": version}}).encode(),
-        "model.safetensors": b"\2\0\0\0\0\0\0\0{}",
-        "entry.py": f"open({str(store / 'it-ran')!r}, 'w')".encode(),
-        **members,
-    }
-    with zipfile.ZipFile(archive, "w") as file:
-        for member, content in sorted(contents.items()):
-            file.writestr(member, content)
-    archive.with_name(f"{name}.cdx.json").write_text(json.dumps({"name": name, "version": version}))
-    sign.write_checksum(archive)
-    sign.sign(archive, key)
-    return archive
 
 
 @pytest.fixture
@@ -58,126 +35,6 @@ def admit(store: Path, key: str = "key.pub", *, allow_downgrade: bool = False, n
 
 
 # --- Tamperings
-
-
-def of(store: Path, suffix: str, name: str = "small") -> Path:
-    return store / f"{name}{suffix}"
-
-
-def with_checksum(change: Callable[[Path], object]) -> Callable[[Path], None]:
-    """A change of the archive by someone who mends its checksum, too."""
-
-    def changed(store: Path) -> None:
-        change(of(store, ".mar"))
-        sign.write_checksum(of(store, ".mar"))
-
-    return changed
-
-
-def repacked(member: str | zipfile.ZipInfo, content: bytes | None) -> Callable[[Path], None]:
-    """The archive written anew with a member added, replaced, or (None) left out."""
-
-    def change(archive: Path) -> None:
-        with zipfile.ZipFile(archive) as file:
-            members = {entry.filename: file.read(entry) for entry in file.infolist()}
-        members.pop(member if isinstance(member, str) else member.filename, None)
-        with zipfile.ZipFile(archive, "w") as file:
-            for name, kept in members.items():
-                file.writestr(name, kept)
-            if content is not None:
-                file.writestr(member, content)
-
-    return change
-
-
-def with_manifest(archive: Path, **changes: object) -> None:
-    path = archive.with_name(archive.stem + sign.MANIFEST_SUFFIX)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def hide(archive: Path) -> None:
-    """A member that is there, but not in the list of members."""
-    with zipfile.ZipFile(archive) as file:
-        begin, list_begin = archive.read_bytes(), file.start_dir
-        members = file.infolist()
-    hidden = archive.with_name("hidden.zip")
-    with zipfile.ZipFile(hidden, "w") as file:
-        file.writestr("hidden.py", "print()")
-        end = file.start_dir
-    extra = hidden.read_bytes()[:end]
-    hidden.unlink()
-    archive.write_bytes(begin[:list_begin] + extra + moved(begin[list_begin:], len(extra)))
-    with zipfile.ZipFile(archive) as file:
-        assert [entry.filename for entry in file.infolist()] == [entry.filename for entry in members]
-
-
-def moved(directory: bytes, by: int) -> bytes:
-    """The list of members, with its own offset (in the last record of a zip) moved."""
-    offset = int.from_bytes(directory[-6:-2], "little") + by
-    return directory[:-6] + offset.to_bytes(4, "little") + directory[-2:]
-
-
-def swap(store: Path, *suffixes: str) -> None:
-    for suffix in suffixes:
-        first, second, spare = of(store, suffix), of(store, suffix, "other"), store / "spare"
-        first.rename(spare)
-        second.rename(first)
-        spare.rename(second)
-
-
-def linked(store: Path) -> None:
-    """The archive is a link to another, unsigned, one."""
-    elsewhere = store.parent / "elsewhere.mar"
-    of(store, ".mar").rename(elsewhere)
-    repacked("entry.py", b"other")(elsewhere)
-    of(store, ".mar").symlink_to(elsewhere)
-    sign.write_checksum(of(store, ".mar"))
-
-
-def signed_by_another(store: Path) -> None:
-    sign.sign(of(store, ".mar"), make_key(store.parent / "other.pem", *P256))
-
-
-LINK = zipfile.ZipInfo("link.json")
-LINK.external_attr = (stat.S_IFLNK | 0o777) << 16
-PACKED = zipfile.ZipInfo("zeros.json")
-PACKED.compress_type = zipfile.ZIP_DEFLATED
-
-TAMPERINGS: dict[str, Callable[[Path], object]] = {
-    **{f"a byte of {suffix}": lambda store, suffix=suffix: flip(of(store, suffix)) for suffix in SUFFIXES},
-    **{f"no {suffix}": lambda store, suffix=suffix: of(store, suffix).unlink() for suffix in SUFFIXES},
-    **{
-        f"{suffix} of another model": lambda store, suffix=suffix: shutil.copy(
-            of(store, suffix, "other"), of(store, suffix)
-        )
-        for suffix in SUFFIXES
-    },
-    "a byte and its checksum": with_checksum(flip),
-    "a member more": with_checksum(repacked("more.json", b"{}")),
-    "code changed": with_checksum(repacked("entry.py", b"import os")),
-    "a member less": with_checksum(repacked("config.json", None)),
-    "a hidden member": with_checksum(hide),
-    "a pickle": with_checksum(repacked("weights.pkl", b"\x80\x04.")),
-    "a pickle by another name": with_checksum(repacked("config.json", b"\x80\x04.")),
-    "weights of torch.save": with_checksum(repacked("model.safetensors", b"PK\x03\x04")),
-    "an archive in the archive": with_checksum(repacked("more.txt", b"PK\x03\x04")),
-    "a program": with_checksum(repacked("library.so", b"\x7fELF")),
-    "a path that leads out": with_checksum(repacked("../more.py", b"1")),
-    "an absolute path": with_checksum(repacked("/etc/more.py", b"1")),
-    ".git": with_checksum(repacked(".git/config", b"1")),
-    "a link": with_checksum(repacked(LINK, b"/etc/passwd")),
-    "a bomb": with_checksum(repacked(PACKED, b"0" * 10_000_000)),
-    "something before it": with_checksum(lambda path: path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())),
-    "cut off": with_checksum(lambda path: path.write_bytes(path.read_bytes()[:-100])),
-    "empty": with_checksum(lambda path: path.write_bytes(b"")),
-    "a signature cut off": lambda store: of(store, ".sig").write_bytes(of(store, ".sig").read_bytes()[:100]),
-    "an empty signature": lambda store: of(store, ".sig").write_bytes(b""),
-    "a manifest of another version": lambda store: with_manifest(of(store, ".mar"), version="9.0"),
-    "another model under this name": lambda store: swap(store, ".mar", ".mar.sha256"),
-    "another model, whole": lambda store: swap(store, *SUFFIXES),
-    "a link to another archive": linked,
-    "another key": signed_by_another,
-}
 
 
 @pytest.mark.parametrize("tampering", TAMPERINGS)

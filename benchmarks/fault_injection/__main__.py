@@ -30,6 +30,8 @@ from benchmarks.fault_injection import (
     oversize,
     processes,
     protocol,
+    soak,
+    tampering,
     upgrades,
     wedge,
 )
@@ -39,6 +41,7 @@ from benchmarks.fault_injection.site import ROOT, SiteError
 RESULTS = ROOT / "benchmarks" / "faults-results.json"
 # Each gives its figures and what they were taken from.
 ROWS: dict[str, Callable[[Bench], tuple[list[Target], Any]]] = {
+    "1": soak.soak,
     "2": processes.kill_workers,
     "3": processes.kill_torchserve,
     "4": wedge.wedge,
@@ -49,6 +52,7 @@ ROWS: dict[str, Callable[[Bench], tuple[list[Target], Any]]] = {
     "9": protocol.protocol,
     "10": oversize.oversize,
     "11": access.every_route,
+    "12": tampering.tampering,
     "13": exposure.exposure,
 }
 

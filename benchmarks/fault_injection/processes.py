@@ -61,7 +61,7 @@ def kill_torchserve(bench: Bench) -> tuple[list[Target], Any]:
             torchserve = site.torchserve()
             killed = time.monotonic()
             torchserve.kill()
-            site.wait_until(lambda: not torchserve.is_running() or torchserve.status() == psutil.STATUS_ZOMBIE)
+            psutil.wait_procs([torchserve])
             site.wait_until(lambda: site.predict(session).status_code == 200)
             kills.append((killed, time.monotonic() - killed))
     rounds: list[dict[str, Any]] = []
@@ -78,7 +78,10 @@ def kill_torchserve(bench: Bench) -> tuple[list[Target], Any]:
 
 
 def shut_down(bench: Bench) -> tuple[list[Target], Any]:
-    """Row 5: scripts/stop while 24 clients ask. Lost is what was sent before the door was told to close, and not answered."""
+    """Row 5: scripts/stop while 24 clients ask.
+
+    Lost is what was sent before the door was told to close, and not answered.
+    """
     rounds: list[dict[str, Any]] = []
     times = bench.times(30, 2)
     for number in range(times):

@@ -31,7 +31,7 @@ def protocol(bench: Bench) -> tuple[list[Target], Any]:
         Target("9a", f"desyncs of {len(cases)} smuggling cases", len(desyncs), "0", not desyncs),
         Target("9b", "next requests of others answered wrongly", probes_wrong, "0", probes_wrong == 0),
     ]
-    site = bench.site("floods", **_LIMITS)
+    site = bench.site("floods", (MODEL,), **_LIMITS)
     attacker = tokens.add("attacker", ["predict", "metrics"], None, site.folder / tokens.FILE)
     with site, Attacker() as process:
         nobody, client = (Door(site.rest, site.grpc, site.certificate, token) for token in ("", attacker))
