@@ -9,6 +9,7 @@ scripts/serve --front                           behind nginx, with a watchdog: d
 import argparse
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -98,6 +99,29 @@ def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace) -
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # it is stopping, and no faster for a second word
         watch.stop()
+
+
+def verify_only(argv: Sequence[str]) -> None:
+    """Verifies archives as `serve` does and starts nothing; fills a folder with them, if one is named."""
+    parser = argparse.ArgumentParser(prog="scripts/verify", description="Verifies archives as scripts/serve does.")
+    add_archive_options(parser)
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="copy them there, with the files beside them")
+    arguments = parser.parse_args(argv)
+    arguments.trust = arguments.trust or trusted_by(arguments.config)
+    pairs = chosen(arguments)
+    if arguments.into is not None:
+        # What is verified are the copies: nobody else can change them.
+        arguments.store = trust.fill(arguments.into, [arguments.store / file for _, file in pairs])
+    try:
+        admitted([verify(name, arguments.store / file) for name, file in pairs], arguments)
+    except ArchiveError:
+        if arguments.into is not None:
+            trust.empty(arguments.into)
+        raise
+    finally:
+        shutil.rmtree(trust.STORE, ignore_errors=True)
+    by = f"signed by {arguments.trust}" if arguments.trust else "their checksums are right"
+    print(f"verified, {by}: {', '.join(name for name, _ in pairs)}")
 
 
 def trusted_by(config: Path) -> Path | None:
@@ -204,13 +228,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", metavar="N=N.mar", help="archives to serve (default: all)")
-    parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder of the archives")
-    parser.add_argument("--config", type=Path, default=ROOT / "config.properties", help="TorchServe's settings")
-    parser.add_argument(
-        "--trust", type=Path, metavar="PUBKEY", help="serve only what this key has signed: docs/trust.md"
-    )
-    parser.add_argument("--allow-downgrade", action="store_true", help="with --trust: versions older than the last one")
+    add_archive_options(parser)
     parser.add_argument("--no-auth", action="store_true", help="ask for no tokens: behind a proxy that does")
     parser.add_argument(
         "--front",
@@ -227,6 +245,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_archive_options(parser: argparse.ArgumentParser) -> None:
+    """Which archives, from where, signed by whom."""
+    parser.add_argument("--models", nargs="+", metavar="N=N.mar", help="archives to serve (default: all)")
+    parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder of the archives")
+    parser.add_argument("--config", type=Path, default=ROOT / "config.properties", help="TorchServe's settings")
+    parser.add_argument(
+        "--trust", type=Path, metavar="PUBKEY", help="serve only what this key has signed: docs/trust.md"
+    )
+    parser.add_argument("--allow-downgrade", action="store_true", help="with --trust: versions older than the last one")
+
+
 if __name__ == "__main__":
     try:
         match sys.argv[1:]:
@@ -236,10 +265,12 @@ if __name__ == "__main__":
                 check_no_other(ROOT / "config.properties")
             case ["serve", *rest]:
                 serve(rest)
+            case ["verify", *rest]:
+                verify_only(rest)
             case ["token", *rest]:
                 token(rest)
             case _:
-                sys.exit("use scripts/serve, scripts/stop or scripts/token")
+                sys.exit("use scripts/serve, scripts/stop, scripts/verify or scripts/token")
     except (ArchiveError, ServerError) as error:
         sys.exit(f"scripts/{sys.argv[1]}: {error}")
     except KeyboardInterrupt:

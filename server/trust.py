@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from archiver import pack, sign
+from archiver import bom, pack, sign
 from server.archive import Archive, ArchiveError, verify
 from server.tokens import write_private
 from training.errors import UserError
@@ -18,6 +18,8 @@ from training.errors import UserError
 STORE = Path("run/store")
 # The newest version of each model that was ever served from this folder.
 VERSIONS = Path("run/versions.json")
+# Of an archive and the files beside it.
+SUFFIXES = (".mar", ".mar.sha256", bom.SUFFIX, sign.MANIFEST_SUFFIX, sign.SIGNATURE_SUFFIX)
 
 
 def admit(archives: Sequence[Archive], key: Path, *, allow_downgrade: bool) -> list[Archive]:
@@ -41,6 +43,22 @@ def admit(archives: Sequence[Archive], key: Path, *, allow_downgrade: bool) -> l
                 "which was served before; add --allow-downgrade if that is meant"
             )
     return admitted
+
+
+def fill(folder: Path, archives: Sequence[Path]) -> Path:
+    """Copies archives and the files beside them, as many as there are, into a folder that holds nothing else after."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    empty(folder)
+    for path in (file for archive in archives for file in sign.files(archive) if file.is_file()):
+        _copy(path, folder / path.name)
+    return folder
+
+
+def empty(folder: Path) -> None:
+    """Removes all files of archives from a folder."""
+    for path in folder.iterdir():
+        if path.name.endswith(SUFFIXES):
+            path.unlink()
 
 
 def remember(archives: Sequence[Archive]) -> None:
