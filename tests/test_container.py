@@ -31,25 +31,38 @@ ENTRYPOINT = "/mnt/marble/deploy/container/entrypoint"
 UID = 10001
 
 
+def copied() -> set[str]:
+    """What the container's file copies into the image, relative to the project."""
+    text = (CONTAINER / "Containerfile").read_text()
+    return {name for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE) for name in line.split()[:-1]}
+
+
 def in_container(folder: Path, *arguments: object) -> list[str]:
-    """The command that runs the entry point with what lies in `folder` mounted below /mnt, its state there, too.
+    """The command that runs the entry point, in a tree as the container's, with the folders of `folder` below /mnt.
 
     Every step replaces the one before (exec), so that a signal to the process reaches the entry point.
     """
-    binds = "".join(
-        f"mkdir /mnt/{name}; mount --bind {shlex.quote(str(path))} /mnt/{name}; "
-        for name, path in (
-            ("marble", ROOT),
-            *((entry.name, entry) for entry in sorted(folder.iterdir()) if entry.is_dir()),
-        )
-    )
-    entry = shlex.join([ENTRYPOINT, *map(str, arguments)])
-    script = (
-        f"set -e; mount -t tmpfs none /mnt; {binds} mount -t tmpfs none /tmp; mount -o bind,remount,ro /; "
-        "mount -o bind,remount,ro /mnt/marble; cd /; "
-        f"exec unshare --user --map-user={UID} --map-group={UID} setpriv --no-new-privs {entry}"
-    )
-    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    venv = (ROOT / ".venv").resolve()
+    steps = ["set -e", "mount -t tmpfs none /mnt"]
+    for path in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        steps += [f"mkdir /mnt/{path.name}", f"mount --bind {shlex.quote(str(path))} /mnt/{path.name}"]
+    steps += ["mkdir /mnt/marble /mnt/marble/.venv", f"mount --bind {shlex.quote(str(venv))} /mnt/marble/.venv"]
+    for name in sorted(copied()):
+        # Not bound, but copied: the project itself is hidden after that, lest anything be taken from it.
+        steps += [
+            f"mkdir -p /mnt/marble/{Path(name).parent}",
+            f"cp -r {shlex.quote(str(ROOT / name))} /mnt/marble/{name}",
+        ]
+    steps += [
+        "cd /",
+        f"mount -t tmpfs none {shlex.quote(str(ROOT))}",
+        "mount -t tmpfs none /tmp",
+        "mount -o bind,remount,ro /",
+        "mount -o remount,ro /mnt",
+        f"exec unshare --user --map-user={UID} --map-group={UID} setpriv --no-new-privs "
+        + shlex.join([ENTRYPOINT, *map(str, arguments)]),
+    ]
+    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", "\n".join(steps)]
 
 
 def run_in_container(folder: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -182,9 +195,9 @@ def test_it_serves_with_no_rights_and_writes_nowhere_else(pod: Pod) -> None:
         assert re.search(r"(?m)^NoNewPrivs:\t1$", status), process
         assert Path(f"/proc/{process.pid}/uid_map").read_text().split()[0] == str(UID), process
     roots = [line.split() for line in Path(f"/proc/{pod.process.pid}/mounts").read_text().splitlines()]
-    assert {place: options.split(",")[0] for _, place, _, options, *_ in roots if place in ("/", "/mnt/marble")} == {
+    assert {place: options.split(",")[0] for _, place, _, options, *_ in roots if place in ("/", "/mnt")} == {
         "/": "ro",
-        "/mnt/marble": "ro",
+        "/mnt": "ro",
     }
     assert {entry.name for entry in (pod.volumes / "state").iterdir()} <= {"front", "key_file.json", "logs", "run"}
 
@@ -248,10 +261,8 @@ def test_an_archive_that_is_not_as_signed_fills_nothing(volumes: Path, tmp_path:
 
 def test_the_containers_file_copies_what_there_is() -> None:
     """And is given no more: what it copies is what the list of ignored files lets through."""
-    text = (CONTAINER / "Containerfile").read_text()
-    copied = {name for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE) for name in line.split()[:-1]}
-    assert [name for name in copied if not (ROOT / name).exists()] == []
+    assert [name for name in copied() if not (ROOT / name).exists()] == []
     lines = (CONTAINER / "ignore").read_text().splitlines()
-    assert {line[1:] for line in lines if line.startswith("!")} == copied
-    assert "*" in lines
-    assert f"USER {UID}:{UID}" in text
+    assert {line[1:] for line in lines if line.startswith("!")} == copied()
+    assert lines[1] == "*"
+    assert f"USER {UID}:{UID}" in (CONTAINER / "Containerfile").read_text()
