@@ -55,7 +55,7 @@ def in_container(folder: Path, *arguments: object) -> list[str]:
         ]
     steps += [
         "cd /",
-        f"mount -t tmpfs none {shlex.quote(str(ROOT))}",
+        *(f"mount -t tmpfs none {shlex.quote(str(path))}" for path in sorted({ROOT, venv.parent})),
         "mount -t tmpfs none /tmp",
         "mount -o bind,remount,ro /",
         "mount -o remount,ro /mnt",
