@@ -304,7 +304,9 @@ def references(manifests: Manifests) -> Iterator[str]:
     here = {(value["kind"].lower(), value["metadata"]["name"]) for value in manifests.objects}
     for kind, name in named - here:
         if not re.search(rf"(?m)^kubectl .*create {kind}\b.* {name} ", manifests.documented) and (
-            kind != "persistentvolumeclaim" or manifests.of("Deployment") or not re.search(rf"claim `{name}`", manifests.documented)
+            kind != "persistentvolumeclaim"
+            or manifests.of("Deployment")
+            or not re.search(rf"claim `{name}`", manifests.documented)
         ):
             yield f"{kind} {name} is neither here nor documented"
 
