@@ -1,6 +1,7 @@
 """Puts the model into the form its backend runs: the bundle's own weights, or OpenVINO IR."""
 
 import inspect
+import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from handler import golden
 from handler.engine import Engine, read_config
 from handler.errors import RequestError
 from handler.parameters import parse
+from handler.service import SHARES
 from handler.tasks import EncoderTask
 from training import evaluation, tasks
 from training.errors import UserError
@@ -37,6 +39,9 @@ class Converter:
         for name, path in files.items():
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, stage / name)
+        if self._bundle.shares:
+            text = json.dumps(self._bundle.shares, indent=1, sort_keys=True) + "\n"
+            (stage / SHARES).write_text(text, encoding="utf-8")
         if backend == "openvino":
             # Weights in half precision where the model computes in bf16 or int8 anyway.
             self._save(self._quantized if precision == "int8" else self._exported, stage, half=precision != "fp32")

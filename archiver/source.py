@@ -38,7 +38,8 @@ class Bundle:
 
     validation: examples with `inputs`, `target` and perhaps `parameters`. metric: what is measured on them, e.g.
     "accuracy"; reference: its value for torch fp32, None if there are no examples. calibration: what int8 is calibrated
-    on, training inputs where there are any: as `validation`, without targets.
+    on, training inputs where there are any: as `validation`, without targets. shares: of each label among the
+    validation set's predictions, {} where an example has not just one label.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Bundle:
     metric: str
     reference: float | None
     calibration: list[dict[str, Any]]
+    shares: dict[str, float]
 
     @property
     def runs_on_openvino(self) -> bool:
@@ -98,6 +100,7 @@ def check(path: Path) -> Bundle:
         labels, scores = list(metrics["labels"]), metrics["splits"].get("validation")
         metric = str(metrics["primary"])
         reference = float(scores[metric]) if scores else None
+        shares = _shares(labels, (scores or {}).get("confusion_matrix", []))
     with _reading(path / "validation.jsonl") as validation:
         rows = _json_lines(validation)
         if any(not {"inputs", "target"} <= row.keys() for row in rows):
@@ -110,7 +113,13 @@ def check(path: Path) -> Bundle:
             calibration = _json_lines(file)
             if any("inputs" not in row for row in calibration):
                 raise ValueError("a line has no inputs")
-    return Bundle(path, settings, task, labels, rows, metric, reference, calibration or examples)
+    return Bundle(path, settings, task, labels, rows, metric, reference, calibration or examples, shares)
+
+
+def _shares(labels: list[str], confusion: list[list[int]]) -> dict[str, float]:
+    """Each label's share of the predictions that a confusion matrix (rows: true label) counts; {} if it has none."""
+    counts = [sum(column) for column in zip(*confusion, strict=True)]
+    return {label: count / sum(counts) for label, count in zip(labels, counts, strict=True)} if sum(counts) else {}
 
 
 @contextmanager

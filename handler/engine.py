@@ -6,6 +6,7 @@ result.predictions[0]  # [{"label": "positive", "score": 0.97}, …]
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from handler import backends, tasks
 from handler.batching import micro_batches
 from handler.errors import InvalidInput, NotSupported, Overloaded, RequestError, TooLarge
 from handler.inputs import Encoded
-from handler.messages import Piece, Request, Result, Usage
+from handler.messages import Piece, Request, Result, Usage, Work
 from handler.parameters import parse
 from handler.settings import Settings
 from handler.tasks import Answer, EncoderTask, GenerativeTask, Outputs, Part, StreamingTask
@@ -48,12 +49,14 @@ class Engine:
 
     `model_dir` is a bundle or an unpacked archive. Keyword arguments replace single settings, e.g. `precision="bf16"`.
     Raises ValueError if the folder is not a model Marble can run, ImportError if the backend is not installed.
-    `backend` runs the model of a task that needs one pass for each row; another may be put in its place.
+    `backend` runs the model of a task that needs one pass for each row; another may be put in its place. `work`: what
+    was spent on the requests so far.
     """
 
     backend: backends.Backend
 
     def __init__(self, model_dir: Path, **overrides: Any) -> None:
+        self.work = Work()
         self.settings = replace(Settings.load(model_dir), **overrides)
         self.task = tasks.load(self.settings.task)(model_dir, self.settings, read_config(model_dir))
         if isinstance(self.task, EncoderTask):
@@ -68,13 +71,18 @@ class Engine:
         All samples of all requests are encoded together and run in length-sorted micro-batches. What is wrong with
         one request or one of its inputs becomes its own RequestError and leaves the others alone.
         """
+        started = encoded = time.perf_counter()
         jobs = [self._open(request) for request in requests]
         if isinstance(self.task, EncoderTask):
             self._encode(self.task, jobs)
+            encoded = time.perf_counter()
             self._run(self.task, _open_items(jobs))
         elif isinstance(self.task, GenerativeTask):
             self._ration_texts(self.task, jobs)
+            encoded = time.perf_counter()
             _generate(self.task, _open_items(jobs))
+        self.work.encoding_seconds += encoded - started
+        self.work.inference_seconds += time.perf_counter() - encoded
         return [_outcome(job) for job in jobs]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Piece | Result | RequestError]]]:
@@ -86,8 +94,11 @@ class Engine:
         if not isinstance(self.task, StreamingTask):
             yield list(enumerate(self.predict(requests)))
             return
+        started = time.perf_counter()
         jobs = [self._open(request) for request in requests]
         self._ration_texts(self.task, jobs)
+        encoded = time.perf_counter()
+        self.work.encoding_seconds += encoded - started
         yield [(index, _outcome(job)) for index, job in enumerate(jobs) if not _open_items([job])]
         items = [(index, item) for index, job in enumerate(jobs) for item in _open_items([job])]
         asked = [(item.samples, item.parameters) for _, item in items]
@@ -102,6 +113,7 @@ class Engine:
                 if not _open_items([jobs[index]]):
                     said.append((index, _outcome(jobs[index])))
             yield said
+        self.work.inference_seconds += time.perf_counter() - encoded
 
     def _ration_texts(self, task: GenerativeTask, jobs: list[list[_Item] | RequestError]) -> None:
         _ration(jobs, lambda item: sum(map(task.size, item.samples)), self.settings.max_characters, "characters")
@@ -195,6 +207,7 @@ class Engine:
         """The outputs of each row, with its place in `rows`, as they come."""
         kinds = [task.kind(row) for row in rows]
         groups = micro_batches(list(map(len, rows)), self.settings.token_budget, kinds, self.backend.streams)
+        self.work.micro_batches += map(len, groups)
         batches = (task.inputs.collate([rows[index] for index in group]) for group in groups)
         for group, found in zip(groups, self.backend.run(batches), strict=True):
             for position, index in enumerate(group):

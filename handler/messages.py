@@ -45,6 +45,25 @@ class Result:
     details: bool = False
 
 
+@dataclass(slots=True)
+class Work:
+    """What an engine has spent since this was taken last.
+
+    encoding_seconds: reading the inputs and tokenization. inference_seconds: forward passes and postprocessing, which
+    overlap. micro_batches: rows of each forward pass; none of generative tasks.
+    """
+
+    encoding_seconds: float = 0.0
+    inference_seconds: float = 0.0
+    micro_batches: list[int] = field(default_factory=list)
+
+    def take(self) -> "Work":
+        """All of it; begins anew."""
+        taken = Work(self.encoding_seconds, self.inference_seconds, self.micro_batches)
+        self.encoding_seconds, self.inference_seconds, self.micro_batches = 0.0, 0.0, []
+        return taken
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A part of an answer that is streamed, as a JSON value. `usage` is that of the whole; `last`: none follows."""

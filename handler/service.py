@@ -2,22 +2,30 @@
 
 import json
 import logging
+import re
 import socket
 import sys
-import traceback
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from handler import digests, formats, golden
 from handler.engine import Engine
 from handler.errors import InternalError, NotSupported, RequestError, TooLarge
+from handler.events import Events, Trace
 from handler.formats import Reply, hugging_face
 from handler.formats.canary import Canary
 from handler.messages import Media, Model, Piece, Request, Result, Usage, jsonable
+from handler.metrics import Metrics, Served, Totals, labels_of
 
 _PIECE = 1 << 18
+# What TorchServe would not read as part of a metric's label: its separators, controls, and what is not UTF-8.
+_UNSAFE = re.compile(r"[|,:\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Shares of the labels among the validation set's predictions: what the monitoring compares those of users with.
+SHARES = "label-shares.json"
 # The header of an answer that says whether more of it follows.
 _STREAM_NEXT = "ts_stream_next"
 # What TorchServe asks to write that header, by whether more follows; None: the header is left as it is.
@@ -49,18 +57,45 @@ class Service:
             digests.model_digest(model_dir),
             self._engine.task.nests_single,
         )
+        self._events = Events(model=self._model.name, version=self._model.version)
+        self._metrics = Metrics(self._engine.task, partial(_write_metrics, self._model))
+        settings = self._engine.settings
+        facts = {"task": settings.task, "backend": settings.backend, "precision": settings.precision}
+        shares = json.loads(path.read_text("utf-8")) if (path := model_dir / SHARES).exists() else {}
+        self._metrics.loaded({**facts, "digest": self._model.digest}, shares)
+        # What the golden set cost is no user's.
+        self._work = self._engine.work
+        self._work.take()
+        # What became of each request of the batch, by its place in it.
+        self._outcomes: dict[int, Result | RequestError] = {}
 
     def handle(self, rows: Sequence[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answers one batch: one JSON body per row, in order. A bad row has its own status and hurts no other."""
+        started = time.perf_counter()
         headers = [context.get_all_request_header(index) for index in range(len(rows))]
+        ids = [context.get_request_id(index) for index in range(len(rows))]
         for index, row_headers in enumerate(headers):
             # gRPC's StreamPredictions2, which ends in an error whatever is answered. An answer would reach a call that
             # may be closed already, and then the worker never gets another request, though it stays READY.
             if formats.is_grpc(row_headers) and context.header_key_sequence_id in row_headers:
                 del context.request_ids[index]
         opened = [self._open(row, row_headers) for row, row_headers in zip(rows, headers, strict=True)]
+        self._outcomes = {}
         if any(isinstance(request, Request) and request.stream for request, _ in opened):
-            return self._stream(opened, headers, context)
+            bodies = self._stream(opened, headers, context)
+        else:
+            bodies = self._answer_all(opened, headers, context)
+        canaries = [isinstance(reply, Canary) for _, reply in opened]
+        self._record(ids, rows, headers, canaries, time.perf_counter() - started)
+        return bodies
+
+    def _answer_all(
+        self,
+        opened: Sequence[tuple[Request | RequestError, Reply]],
+        headers: Sequence[Mapping[str, Any]],
+        context: Any,
+    ) -> list[bytes]:
+        """Answers a batch, none of which wants a stream."""
         outcomes = iter(self._predict([request for request, _ in opened if isinstance(request, Request)]))
         return [
             self._respond(
@@ -73,6 +108,29 @@ class Service:
             for index, (request, reply) in enumerate(opened)
         ]
 
+    def _record(
+        self,
+        ids: Sequence[str | None],
+        rows: Sequence[Mapping[str, Any]],
+        headers: Sequence[Mapping[str, Any]],
+        canaries: Sequence[bool],
+        seconds: float,
+    ) -> None:
+        """Counts a batch, and logs its errors and those requests whose callers sample them."""
+        served = []
+        for index, (request_id, row, canary) in enumerate(zip(ids, rows, canaries, strict=True)):
+            protocol: Literal["rest", "grpc"] = "grpc" if formats.is_grpc(headers[index]) else "rest"
+            request = Served(self._outcomes[index], protocol, canary)
+            served.append(request)
+            trace = Trace.read(row, headers[index])
+            fields = {"request_id": request_id, "protocol": protocol, "status": request.code}
+            if isinstance(request.outcome, RequestError):
+                self._events.error(trace, **fields, type=type(request.outcome).__name__)
+            elif trace is not None and trace.sampled:
+                usage = asdict(request.outcome.usage)
+                self._events.request(trace, **fields, seconds=round(seconds, 6), batch=len(rows), **usage)
+        self._metrics.batch(served, seconds, self._work.take())
+
     def _open(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request | RequestError, Reply]:
         """The request of one row, or what is wrong with it; and how to reply."""
         try:
@@ -83,7 +141,7 @@ class Service:
         except RequestError as error:
             return error, formats.reply_to_unreadable(row, headers)
         except Exception as error:
-            _log_without_text(error)
+            self._events.defect(error)
             failure = InternalError("the request could not be read; the server's log has the cause")
             return failure, formats.reply_to_unreadable(row, headers)
 
@@ -100,6 +158,7 @@ class Service:
         def answer(index: int, outcome: Result | RequestError) -> None:
             if index in outlet.begun:
                 assert isinstance(outcome, RequestError)
+                self._outcomes[index] = outcome
                 outlet.add(index, _event(hugging_face.stream_error(outcome)), last=True)
             else:
                 grpc = formats.is_grpc(headers[index])
@@ -119,9 +178,11 @@ class Service:
                     if index not in outlet.begun:
                         self._set_headers(context, index, "text/event-stream", said.usage)
                     outlet.add(index, _event(said.value), last=said.last)
+                    if said.last:
+                        self._outcomes[index] = Result([None], said.usage)
                 outlet.send()
         except Exception as error:
-            _log_without_text(error)
+            self._events.defect(error)
             for index in requests.keys() - outlet.done:
                 if requests[index].stream:
                     answer(index, InternalError("the model failed; the server's log has the cause"))
@@ -138,7 +199,7 @@ class Service:
         except Exception as error:
             if len(requests) > 1:
                 return [outcome for request in requests for outcome in self._predict([request])]
-            _log_without_text(error)
+            self._events.defect(error)
             return [InternalError("the model failed on this request; the server's log has the cause")]
 
     def _respond(self, context: Any, index: int, outcome: Result | RequestError, reply: Reply, grpc: bool) -> bytes:
@@ -146,7 +207,9 @@ class Service:
         try:
             body, media_type, usage = self._answer(outcome, reply)
             self._set_headers(context, index, media_type, usage)
+            self._outcomes[index] = outcome
         except RequestError as error:
+            self._outcomes[index] = error
             context.set_response_status(code=error.code, phrase=None, idx=index)
             body = _encode(reply.error(error, self._model))
             self._set_headers(context, index, "application/json", None)
@@ -183,7 +246,7 @@ class Service:
         except RequestError:
             raise
         except Exception as error:
-            _log_without_text(error)
+            self._events.defect(error)
             raise InternalError("the answer could not be written; the server's log has the cause") from None
         if len(body) > self._engine.settings.max_response_bytes:
             raise TooLarge(f"the answer has {len(body)} bytes; send fewer inputs in one request")
@@ -267,10 +330,20 @@ def _event(value: Any) -> bytes:
     return b"data:" + _encode(value) + b"\n\n"
 
 
-def _log_without_text(error: Exception) -> None:
-    """Where an unexpected error came from. Its message may quote the request, so only its type is written."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    print(f"{frames}{type(error).__name__} in a request", file=sys.stderr, flush=True)
+def _write_metrics(model: Model, totals: Totals) -> None:
+    """Says on stdout what has been added to each metric, in the lines that TorchServe's frontend looks for there.
+
+    deploy/metrics.yaml declares the metrics; TorchServe goes by the order of the labels, and takes the values apart at
+    these characters; it knows no exponent with a plus, which repr writes from 1e16 on.
+    """
+    end = f"|#hostname:{socket.gethostname()},{int(time.time())}\n"
+    lines = []
+    for series, value in totals.items():
+        labels = ",".join(f"{name}:{_UNSAFE.sub('_', text) or '_'}" for name, text in labels_of(series, model).items())
+        lines.append(f"[METRICS]{series[0]}.unit:{float(value)!r}|#{labels}{end}")
+    # In one piece, so that no other line can come between.
+    sys.stdout.write("".join(lines))
+    sys.stdout.flush()
 
 
 def _trim_worker() -> None:

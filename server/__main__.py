@@ -9,14 +9,13 @@ scripts/serve --front                           behind nginx, with a watchdog: d
 import argparse
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from server import front, supervisor, tokens, trust
+from server import front, supervisor, tokens, trust, upgrade
 from server.archive import Archive, ArchiveError, verify
 from server.readiness import wait_until_ready
 from server.torchserve import ROOT, Addresses, Server, ServerError, check_free, read_properties, start
@@ -39,7 +38,7 @@ def serve(argv: Sequence[str]) -> None:
         return
     archives = admitted(archives, arguments)
     started = time.monotonic()
-    server, logs = start(archives, config, arguments.store, tokens=not arguments.no_auth)
+    server, logs = start(archives, config, tokens=not arguments.no_auth, trust=arguments.trust)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         wait_until_ready(server, archives, logs, arguments.timeout)
@@ -66,7 +65,7 @@ def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace) -
     archives = admitted(archives, arguments)
 
     def launch() -> Server:
-        server, logs = start(archives, arguments.config, arguments.store, tokens=not arguments.no_auth)
+        server, logs = start(archives, arguments.config, tokens=not arguments.no_auth, trust=arguments.trust)
         wait_until_ready(server, archives, logs, arguments.timeout)
         if arguments.trust is not None:
             trust.remember(archives)
@@ -113,13 +112,13 @@ def verify_only(argv: Sequence[str]) -> None:
         # What is verified are the copies: nobody else can change them.
         arguments.store = trust.fill(arguments.into, [arguments.store / file for _, file in pairs])
     try:
-        admitted([verify(name, arguments.store / file) for name, file in pairs], arguments)
+        archives = [verify(name, arguments.store / file) for name, file in pairs]
+        if arguments.trust is not None:
+            trust.check(archives, arguments.trust)
     except ArchiveError:
         if arguments.into is not None:
             trust.empty(arguments.into)
         raise
-    finally:
-        shutil.rmtree(trust.STORE, ignore_errors=True)
     by = f"signed by {arguments.trust}" if arguments.trust else "their checksums are right"
     print(f"verified, {by}: {', '.join(name for name, _ in pairs)}")
 
@@ -131,10 +130,10 @@ def trusted_by(config: Path) -> Path | None:
 
 
 def admitted(archives: list[Archive], arguments: argparse.Namespace) -> list[Archive]:
-    """Where a key is trusted: verified copies in a private store, which becomes that of the arguments."""
+    """The archives in the server's own store; where a key is trusted, copies that it has signed."""
     if arguments.trust is None:
-        return archives
-    arguments.store = trust.STORE
+        trust.empty_store()
+        return [trust.keep(archive, archive.name) for archive in archives]
     return trust.admit(archives, arguments.trust, allow_downgrade=arguments.allow_downgrade)
 
 
@@ -229,6 +228,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="scripts/serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_archive_options(parser)
+    parser.add_argument("--allow-downgrade", action="store_true", help="with --trust: versions older than the last one")
     parser.add_argument("--no-auth", action="store_true", help="ask for no tokens: behind a proxy that does")
     parser.add_argument(
         "--front",
@@ -253,7 +253,6 @@ def add_archive_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust", type=Path, metavar="PUBKEY", help="serve only what this key has signed: docs/trust.md"
     )
-    parser.add_argument("--allow-downgrade", action="store_true", help="with --trust: versions older than the last one")
 
 
 if __name__ == "__main__":
@@ -269,8 +268,12 @@ if __name__ == "__main__":
                 verify_only(rest)
             case ["token", *rest]:
                 token(rest)
+            case ["upgrade", *rest]:
+                upgrade.upgrade(rest)
+            case ["rollback", *rest]:
+                upgrade.rollback(rest)
             case _:
-                sys.exit("use scripts/serve, scripts/stop, scripts/verify or scripts/token")
+                sys.exit("use scripts/serve, stop, verify, token, upgrade or rollback")
     except (ArchiveError, ServerError) as error:
         sys.exit(f"scripts/{sys.argv[1]}: {error}")
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ import jinja2
 import psutil
 
 from server import tokens
-from server.torchserve import LOGS, ROOT, Addresses, ServerError, find_process, read_properties
+from server.torchserve import LOGS, ROOT, Addresses, ServerError, find_process, read_properties, rotate
 
 # Where the front door of a working directory writes itself down.
 STATE = Path("run/front.json")
@@ -238,6 +238,7 @@ class Front:
         )
         tokens.write_private(self.folder / "nginx.conf", configuration)
         self.write_tokens()
+        write_share(self.folder)
         self._write_inner(None)
 
     def write_tokens(self) -> None:
@@ -245,9 +246,18 @@ class Front:
         write_tokens(self.folder)
 
     def files_changed(self) -> bool:
-        """Whether the certificate, its key or the tokens are other files than when this was asked last."""
+        """Whether the certificate, its key or the tokens are others than nginx was told of; says so once."""
         before, self._seen = self._seen, self._stamps()
-        return before != self._seen
+        if before[:2] != self._seen[:2]:
+            return True
+        # scripts/token has told nginx by itself, and a reload is not for nothing: it ends idle connections.
+        return before != self._seen and not self._knows_tokens()
+
+    def _knows_tokens(self) -> bool:
+        try:
+            return tokens.nginx_maps(tokens.read()) == (self.folder / "tokens.conf").read_text(encoding="utf-8")
+        except ServerError:
+            return False
 
     def _stamps(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(path) for path in (self.certificate.certificate, self.certificate.key, tokens.FILE)]
@@ -289,7 +299,11 @@ class Front:
         self.reload()
 
     def close(self) -> None:
-        """Answers every request with 503, while TorchServe is not there: it is told apart from one that fails."""
+        """Answers every request with 503, while TorchServe is not there: it is told apart from one that fails.
+
+        A version on trial is gone with it.
+        """
+        write_share(self.folder)
         self._write_inner(None)
         self.reload()
 
@@ -314,17 +328,22 @@ class Front:
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def begin_logs_anew(self) -> None:
+        """Begins large logs anew under the same processes: new ones end idle connections, on which a request may come.
+
+        A line that is written at that moment may be lost. nginx could not open new files everywhere: its processes may
+        be nobody's, who cannot enter the folder in which its master has opened them.
+        """
+        self._rotate(in_use=True)
+
     def logs_are_large(self) -> bool:
-        """Whether a reload should begin new log files."""
+        """Whether new log files should begin."""
         return any(path.exists() and path.stat().st_size > _LOG_BYTES for path in _logs())
 
-    def _rotate(self) -> None:
+    def _rotate(self, in_use: bool = False) -> None:
         for path in _logs():
             if path.exists() and path.stat().st_size > _LOG_BYTES:
-                for number in range(_OLD_LOGS, 0, -1):
-                    older = path.with_name(f"{path.name}.{number - 1}" if number > 1 else path.name)
-                    if older.exists():
-                        older.replace(path.with_name(f"{path.name}.{number}"))
+                rotate(path, _OLD_LOGS, in_use)
 
     def _write_inner(self, key: str | None) -> None:
         token = f"Bearer {key}" if key else ""
@@ -365,6 +384,17 @@ def _nobody() -> str | None:
 def write_tokens(folder: Path) -> None:
     """Writes the maps of clients' tokens where the nginx of `folder` reads them."""
     tokens.write_private(folder / "tokens.conf", tokens.nginx_maps(tokens.read()))
+
+
+def write_share(folder: Path, model: str = "", version: str = "", share: float = 0) -> None:
+    """Has `share` percent of the requests for a model go to a version of it; without arguments none do."""
+    text = 'map "" $marble_share { default ""; }\n'
+    if model:
+        text = (
+            f'split_clients $request_id $marble_split {{ {share:.2f}% "/{version}"; * ""; }}\n'
+            f'map $marble_model $marble_share {{ default ""; "{model}" $marble_split; }}\n'
+        )
+    tokens.write_private(folder / "share.conf", text)
 
 
 def reload(nginx: int) -> None:

@@ -58,8 +58,10 @@ class Supervisor:
         due = time.monotonic() + self._timing.every
         while True:
             time.sleep(_POLL_SECONDS)
-            if self._reload_asked or self._front.logs_are_large():
+            if self._reload_asked:
                 self._reload()
+            elif self._front.logs_are_large():
+                self._front.begin_logs_anew()
             if not self._front.alive():
                 LOG.error("nginx has ended by itself: starting it anew")
                 self._tell_front(self._front.start)
@@ -117,7 +119,7 @@ class Supervisor:
             self._promise(self._launch_seconds + _ROUND_SECONDS + _BACK_OFF_SECONDS[-1])
             self._health.restarts += 1
             try:
-                self._server.stop(seconds=0)
+                self._server.end(seconds=0)
                 # Workers end when their frontend is gone; those that are stopped or stuck do not.
                 _kill(orphans)
                 self._server = self._launch()

@@ -22,7 +22,14 @@ from server.archive import Archive
 ROOT = Path(__file__).resolve().parent.parent
 # Where the running server of a working directory writes itself down.
 STATE = Path("run/server.json")
+# What it serves: its own copies, or links, of archives. Its owner alone may read it.
+STORE = Path("run/store")
+# The version that gets a share of the requests, if there is one.
+TRIAL = Path("run/trial.json")
 LOGS = Path("logs")
+# What the JVM itself prints, which is little; those of earlier starts are kept, as many as old files of each other log.
+CONSOLE = "console.log"
+_OLD_CONSOLES = 5
 # What TorchServe writes at each start.
 KEYS = Path("key_file.json")
 _SECONDS_TO_STOP = 30
@@ -73,13 +80,17 @@ class Addresses:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A TorchServe process of ours, as written down in `run/server.json`."""
+    """A TorchServe process of ours, as written down in `run/server.json`.
+
+    trust: the public key that archives must be signed by, if there is one.
+    """
 
     pid: int
     created: float
     scratch: str
     models: dict[str, str]
     addresses: Addresses
+    trust: str | None = None
 
     @classmethod
     def running(cls) -> "Server | None":
@@ -107,8 +118,13 @@ class Server:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None, None
 
-    def stop(self, seconds: float = _SECONDS_TO_STOP) -> None:
-        """Ends the server and its workers: politely, then, after `seconds`, by force."""
+    def stop(self) -> None:
+        """Ends the server, and removes what it has written for itself."""
+        self.end()
+        shutil.rmtree(STORE, ignore_errors=True)
+
+    def end(self, seconds: float = _SECONDS_TO_STOP) -> None:
+        """Ends the server and its workers: politely, then, after `seconds`, by force. Its store stays."""
         process = self.process()
         if process is not None:
             family = [process, *process.children(recursive=True)]
@@ -118,8 +134,8 @@ class Server:
                 survivor.kill()
             psutil.wait_procs(left, timeout=5)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        STATE.unlink(missing_ok=True)
-        KEYS.unlink(missing_ok=True)
+        for path in (STATE, KEYS, TRIAL):
+            path.unlink(missing_ok=True)
 
 
 def find_process(pid: int, created: float) -> psutil.Process | None:
@@ -151,8 +167,13 @@ def check_free(ports: Sequence[tuple[str, int]]) -> None:
                 ) from None
 
 
-def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: bool) -> tuple[Server, "Logs"]:
-    """Starts TorchServe on verified archives; it is not ready yet. Raises ServerError if it does not start at all."""
+def start(
+    archives: Sequence[Archive], config: Path, *, tokens: bool, trust: Path | None = None
+) -> tuple[Server, "Logs"]:
+    """Starts TorchServe on verified archives of `STORE`; it is not ready yet.
+
+    trust: the key that has signed them. Raises ServerError if it does not start at all.
+    """
     addresses = Addresses.read(config)
     # Short, because worker sockets lie in it and their paths may have 107 characters; its own, so that two servers
     # on one machine do not share sockets.
@@ -173,13 +194,15 @@ def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: boo
     # A snapshot of some other server must not decide what this one loads.
     for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
         environment.pop(name, None)
+    settings = _with_metrics(config, Path(scratch))
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--ncs"),
-        *("--ts-config", str(config), "--log-config", str(ROOT / "deploy" / "log4j2.xml")),
-        *("--model-store", str(store), "--models", *(f"{a.name}={a.path.name}" for a in archives)),
+        *("--ts-config", str(settings), "--log-config", str(ROOT / "deploy" / "log4j2.xml")),
+        *("--model-store", str(STORE), "--models", *(f"{a.name}={a.path.name}" for a in archives)),
         *([] if tokens else ["--disable-token-auth"]),
     ]
-    with (LOGS / "console.log").open("wb") as console:
+    rotate(LOGS / CONSOLE, _OLD_CONSOLES)
+    with (LOGS / CONSOLE).open("wb") as console:
         done = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
         )
@@ -192,9 +215,42 @@ def start(archives: Sequence[Archive], config: Path, store: Path, *, tokens: boo
         created = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
         created = time.time()
-    server = Server(pid, created, scratch, {a.name: a.path.name for a in archives}, addresses)
+    server = Server(
+        pid,
+        created,
+        scratch,
+        {a.name: a.path.name for a in archives},
+        addresses,
+        str(trust.resolve()) if trust else None,
+    )
     STATE.write_text(json.dumps(asdict(server), indent=2) + "\n", encoding="utf-8")
     return server, logs
+
+
+def _with_metrics(config: Path, folder: Path) -> Path:
+    """A copy of `config`, in `folder`, that names our metrics: TorchServe wants their path from where it runs."""
+    text = config.read_text(encoding="utf-8").rstrip("\n")
+    copy = folder / "config.properties"
+    copy.write_text(f"{text}\nmetrics_config={ROOT / 'deploy' / 'metrics.yaml'}\n", encoding="utf-8")
+    return copy
+
+
+def rotate(path: Path, kept: int, in_use: bool = False) -> None:
+    """Renames `path`, if it exists, to `path.1`, that to `path.2` and so on; the last of `kept` is gone.
+
+    in_use: a process goes on appending to `path`, which therefore is copied and emptied.
+    """
+    if not path.exists():
+        return
+    for number in range(kept - 1, 0, -1):
+        if (older := path.with_name(f"{path.name}.{number}")).exists():
+            older.replace(path.with_name(f"{path.name}.{number + 1}"))
+    first = path.with_name(f"{path.name}.1")
+    if in_use:
+        shutil.copyfile(path, first)
+        os.truncate(path, 0)
+    else:
+        path.replace(first)
 
 
 class Logs:
@@ -205,27 +261,26 @@ class Logs:
 
     def load_failure(self) -> str | None:
         """Why a worker could not load its model, with its traceback; None as long as none has failed."""
-        text = self._new("model_log.log")
-        marker = text.find(LOAD_FAILED)
-        if marker < 0:
-            return None
-        line = text[marker + len(LOAD_FAILED) :].splitlines()[0]
-        failure = json.loads(line)
-        # The log's own prefix ends in " - "; what follows is what the worker wrote.
-        trace = [entry.partition(" - ")[2] for entry in text[:marker].splitlines()[:-1] if "MODEL_LOG" in entry]
-        return f"model {failure['model']!r} did not load: {failure['error']}\n" + "\n".join(trace[-30:])
+        # The last line may not be whole yet.
+        lines = [json.loads(line)["message"] for line in self._new("model_log.log").split("\n")[:-1]]
+        for number, line in enumerate(lines):
+            if line.startswith(LOAD_FAILED):
+                failure = json.loads(line.removeprefix(LOAD_FAILED))
+                trace = lines[:number][-30:]
+                return f"model {failure['model']!r} did not load: {failure['error']}\n" + "\n".join(trace)
+        return None
 
     def console(self) -> str:
         """The last lines the server printed or logged."""
-        lines = (self._new("console.log") + self._new("ts_log.log")).strip().splitlines()
+        lines = (self._new(CONSOLE) + self._new("ts_log.log")).strip().splitlines()
         return "\n".join(lines[-8:])
 
     def _new(self, name: str) -> str:
         path = LOGS / name
         try:
             with path.open("rb") as file:
-                # console.log is written anew by each start.
-                file.seek(0 if name == "console.log" else self._offsets.get(path, 0))
+                # The console's is written anew by each start.
+                file.seek(0 if name == CONSOLE else self._offsets.get(path, 0))
                 return file.read().decode("utf-8", errors="replace")
         except FileNotFoundError:
             return ""

@@ -6,16 +6,16 @@ afterwards changes nothing.
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from archiver import bom, pack, sign
 from server.archive import Archive, ArchiveError, verify
 from server.tokens import write_private
+from server.torchserve import STORE
 from training.errors import UserError
 
-# Of the running server; its owner alone may read it.
-STORE = Path("run/store")
 # The newest version of each model that was ever served from this folder.
 VERSIONS = Path("run/versions.json")
 # Of an archive and the files beside it.
@@ -30,9 +30,35 @@ def admit(archives: Sequence[Archive], key: Path, *, allow_downgrade: bool) -> l
     `allow_downgrade`).
     """
     check_public_key(key)
+    empty_store()
+    return _newest([_admit(archive, key, archive.name) for archive in archives], allow_downgrade)
+
+
+def admit_next(archive: Archive, key: Path, *, allow_downgrade: bool) -> Archive:
+    """As `admit`, for an archive that shall follow one that is served: `NAME.next.mar` of the store."""
+    check_public_key(key)
+    return _newest([_admit(archive, key, f"{archive.name}.next")], allow_downgrade)[0]
+
+
+def keep(archive: Archive, name: str) -> Archive:
+    """An archive in the store under another name, where no key is trusted: a link, or a copy if that cannot be."""
+    target = STORE / f"{name}.mar"
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(archive.path)
+    except OSError:
+        shutil.copyfile(archive.path, target)
+    return Archive(archive.name, target)
+
+
+def empty_store() -> None:
+    """Makes the store anew."""
     shutil.rmtree(STORE, ignore_errors=True)
     STORE.mkdir(mode=0o700, parents=True)
-    admitted = [_admit(archive, key) for archive in archives]
+
+
+def _newest(admitted: list[Archive], allow_downgrade: bool) -> list[Archive]:
+    """The archives, if none is older than what was served before."""
     newest = _versions()
     for archive in admitted:
         model = pack.manifest(archive.path)["model"]
@@ -43,6 +69,14 @@ def admit(archives: Sequence[Archive], key: Path, *, allow_downgrade: bool) -> l
                 "which was served before; add --allow-downgrade if that is meant"
             )
     return admitted
+
+
+def check(archives: Sequence[Archive], key: Path) -> None:
+    """Raises ArchiveError as `admit` does, whatever was served before, and leaves nothing behind."""
+    check_public_key(key)
+    with tempfile.TemporaryDirectory(prefix="marble-") as folder:
+        for archive in archives:
+            _admit(archive, key, archive.name, Path(folder))
 
 
 def fill(folder: Path, archives: Sequence[Path]) -> Path:
@@ -88,9 +122,10 @@ def check_public_key(path: Path) -> None:
         raise ArchiveError(f"--trust {path}: not an elliptic-curve key on P-256; docs/trust.md says how to make one")
 
 
-def _admit(archive: Archive, key: Path) -> Archive:
-    """A private copy of one archive, once it is known who signed it."""
-    folder = STORE / f"{archive.name}.signed"
+def _admit(archive: Archive, key: Path, name: str, store: Path = STORE) -> Archive:
+    """A private copy of one archive, `name` in the store, once it is known who signed it."""
+    folder = store / f"{name}.signed"
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     *signed, signature = sign.files(archive.path)
     for path in (*signed, signature):
@@ -102,15 +137,16 @@ def _admit(archive: Archive, key: Path) -> Archive:
     for path in signed:
         _copy(path, folder / path.name)
     # Not among the files that it covers.
-    copied_signature = _copy(signature, STORE / f"{archive.name}.sig")
+    copied_signature = _copy(signature, store / f"{name}.sig")
     _verify_signature(archive, folder, copied_signature, key)
     copy = folder / archive.path.name
     _check_manifest(archive, copy)
     verify(archive.name, copy)
-    return Archive(archive.name, copy.rename(STORE / f"{archive.name}.mar"))
+    return Archive(archive.name, copy.replace(store / f"{name}.mar"))
 
 
 def _copy(source: Path, target: Path) -> Path:
+    target.unlink(missing_ok=True)
     shutil.copyfile(source, target)
     target.chmod(0o400)
     return target

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ts
 import yaml
 from conftest import ROOT
 
@@ -397,8 +396,8 @@ def images(manifests: Manifests) -> Iterator[str]:
 
 def autoscaling(manifests: Manifests) -> Iterator[str]:
     """By a metric that the adapter makes, of counters that TorchServe has."""
-    known = yaml.safe_load(Path(ts.__file__).with_name("configs").joinpath("metrics.yaml").read_text())["ts_metrics"]
-    counters = {entry["name"] for entry in known["counter"] if "Requests" not in entry["name"]}
+    known = yaml.safe_load((ROOT / "deploy" / "metrics.yaml").read_text(encoding="utf-8"))["ts_metrics"]
+    counters = {entry["name"] for entry in known["counter"]}
     rules = {rule["name"]["as"]: rule for rule in manifests.adapter.get("rules", [])}
     for scaler in manifests.of("HorizontalPodAutoscaler"):
         spec = scaler["spec"]

@@ -432,6 +432,13 @@ def test_a_first_line_that_is_refused(door: Door, line: str, status: int) -> Non
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == status
 
 
+@pytest.mark.parametrize("coding", ["identity", "gzip, chunked", "xchunked"])
+def test_a_transfer_encoding_that_is_not_known(door: Door, coding: str) -> None:
+    headers = {"Transfer-Encoding": coding}
+    answer = door.ask("POST", f"/predictions/{MODEL}", door.tokens["predict"], headers=headers, data=b"x")
+    assert error_of(answer) == (501, "NotImplemented")
+
+
 def test_headers_that_are_too_large(door: Door) -> None:
     answer = door.ask("POST", f"/predictions/{MODEL}", door.tokens["predict"], headers={"x": "y" * 9000}, json=BODY)
     assert error_of(answer) == (431, "HeadersTooLarge")
@@ -558,6 +565,17 @@ def test_the_log_has_who_asked_and_no_text(door: Door) -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {"status", "path", "request", "seconds"} <= lines[0].keys()
     assert "planted" not in log.read_text()
+
+
+def test_a_large_log_begins_anew_under_the_same_processes(door: Door) -> None:
+    log = door.folder / "logs" / "front_access.log"
+    master = psutil.Process(door.state("front")["nginx"])  # type: ignore[arg-type]
+    before = master.children()
+    os.truncate(log, 20_000_001)
+    door.wait_until(lambda: log.with_name("front_access.log.1").exists() and log.stat().st_size < 10_000)
+    assert door.ask("GET", "/live", headers={"X-Request-Id": "after"}).ok
+    door.wait_until(lambda: '"request":"after"' in log.read_text())
+    assert master.children() == before
 
 
 # --- Health ----------------------------------------------------------------------------------------------------------

@@ -231,6 +231,33 @@ def test_a_metric_of_other_counters_is_seen(rendered: dict[str, list[Object]]) -
     assert "QueueTime" in fault
 
 
+def test_the_metric_is_the_time_that_a_request_waits(tmp_path: Path) -> None:
+    """The adapter's query, asked of Prometheus itself: 0.1 s a request of one pod, and 0 where nobody asks."""
+    if shutil.which("promtool") is None:
+        words = "promtool is missing; on Debian: apt-get install prometheus"
+        pytest.fail(words) if os.environ.get("CI") == "true" else pytest.skip(words)
+    [rule] = manifests([]).adapter["rules"]
+    query = rule["metricsQuery"].replace("<<.GroupBy>>", "pod").replace("<<.LabelMatchers>>", 'namespace="marble"')
+    series = [
+        {"series": f'{name}{{namespace="{namespace}",pod="{pod}",model_name="{model}"}}', "values": f"0+{step}x40"}
+        for name, steps in (
+            ("ts_queue_latency_microseconds", (3e5, 5e5, 0)),
+            ("ts_inference_requests_total", (2, 6, 0)),
+        )
+        for (namespace, pod, model), step in zip(
+            (("marble", "busy", "a"), ("marble", "busy", "b"), ("marble", "idle", "a")), steps, strict=True
+        )
+    ] + [{"series": 'ts_inference_requests_total{namespace="other",pod="foreign"}', "values": "0+9x40"}]
+    expected = [{"labels": f'{{pod="{pod}"}}', "value": value} for pod, value in (("busy", 0.1), ("idle", 0))]
+    test = {"expr": query, "eval_time": "5m", "exp_samples": expected}
+    rules = {"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": [test]}]}
+    (tmp_path / "rules.test.yml").write_text(yaml.safe_dump(rules), encoding="utf-8")
+    done = subprocess.run(
+        ["promtool", "test", "rules", "rules.test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # --- Tools -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import stat
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_provenance import P256, flip, make_key
 from archiver import sign
 from server import trust
 from server.archive import Archive, ArchiveError, verify
-from server.torchserve import Server
+from server.torchserve import STORE, Server
 
 MEMBERS = ("MAR-INF/MANIFEST.json", "config.json", "golden.jsonl", "model-config.yaml", "model.safetensors")
 SUFFIXES = (".mar", ".mar.sha256", ".cdx.json", ".manifest.json", ".sig")
@@ -186,7 +187,7 @@ def test_a_tampered_archive_is_refused_before_it_runs(store: Path, tampering: st
     with pytest.raises(ArchiveError):
         admit(store)
     assert not (store / "it-ran").exists()
-    assert not (trust.STORE / "small.mar").exists()
+    assert not (STORE / "small.mar").exists()
 
 
 def test_there_are_enough_of_them() -> None:
@@ -198,14 +199,14 @@ def test_there_are_enough_of_them() -> None:
 
 def test_a_private_copy_is_served(store: Path) -> None:
     [archive] = admit(store)
-    assert (archive.name, archive.path) == ("small", trust.STORE / "small.mar")
+    assert (archive.name, archive.path) == ("small", STORE / "small.mar")
     assert archive.path.read_bytes() == of(store, ".mar").read_bytes()
     assert not archive.path.samefile(of(store, ".mar"))
-    assert stat.S_IMODE(trust.STORE.stat().st_mode) == 0o700
+    assert stat.S_IMODE(STORE.stat().st_mode) == 0o700
     assert stat.S_IMODE(archive.path.stat().st_mode) == 0o400
     flip(of(store, ".mar"))
     assert [entry.name for entry in admit(store, name="other")] == ["other"]
-    assert not (trust.STORE / "small.mar").exists()
+    assert not (STORE / "small.mar").exists()
 
 
 def test_an_older_version_is_refused(store: Path) -> None:
@@ -268,3 +269,20 @@ def test_a_server_that_trusts_a_key(tiny_bundle: Path, tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "scripts/serve: " in refused.stderr
     assert Server.running() is None
+
+
+def test_verifying_leaves_a_running_servers_store_alone(store: Path) -> None:
+    """scripts/verify may be run beside a server; what it filled holds what was verified, and nothing else."""
+    admitted = admit(store)
+    into = store.parent / "into"
+    verifying = ("verify", "--store", store, "--trust", store.parent / "key.pub", "--into", into)
+    command = (sys.executable, "-m", "server", *verifying)
+    assert succeeded(run(*command, cwd=store.parent)).startswith("verified, signed by ")
+    assert {path.name for path in into.iterdir()} == {f"{name}{end}" for name in ("small", "other") for end in SUFFIXES}
+    of(store, ".mar", "other").write_bytes(of(store, ".mar").read_bytes())
+    done = run(*command, cwd=store.parent)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "other.mar: its SHA-256 is not the one" in done.stderr
+    assert list(into.iterdir()) == []
+    assert admitted[0].path.is_file()
+    assert not (store / "it-ran").exists()

@@ -26,6 +26,7 @@ from marble_client.errors import (
 )
 from marble_client.rest import RestClient
 from marble_client.tokens import Tokens, find_tokens
+from marble_client.trace import tracing
 
 if TYPE_CHECKING:
     from marble_client.grpc import GrpcClient
@@ -60,6 +61,7 @@ __all__ = [
     "UnsupportedMediaType",
     "Usage",
     "find_tokens",
+    "tracing",
 ]
 
 

@@ -13,6 +13,7 @@ from marble_client.client import TransportClient
 from marble_client.errors import ConnectionFailed, MarbleError, StubsMissing, error_for
 from marble_client.retry import Deadline
 from marble_client.tokens import bearer, is_loopback
+from marble_client.trace import traceparent
 
 _HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -61,8 +62,10 @@ class GrpcClient(TransportClient):
         self._management.channel.close()
 
     def _predict(self, model: str, version: str | None, body: bytes, deadline: Deadline) -> bytes:
+        # TorchServe hands no metadata on to the handler, but every input.
+        fields = {"data": body, "traceparent": traceparent().encode()}
         request = self._inference_messages.PredictionsRequest(
-            model_name=model, model_version=version or "", input={"data": body}
+            model_name=model, model_version=version or "", input=fields
         )
         reply = self._inference.exchange(self._inference_stub.Predictions, request, deadline)
         return bytes(reply.prediction)
@@ -107,7 +110,8 @@ class _Endpoint:
     def exchange(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:
         """Make one call; returns the reply's message."""
         try:
-            return method(request, timeout=deadline.left(), metadata=self._metadata)
+            metadata = [*self._metadata, ("traceparent", traceparent())]
+            return method(request, timeout=deadline.left(), metadata=metadata)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise deadline.missed() from error

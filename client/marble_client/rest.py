@@ -14,6 +14,7 @@ from marble_client.client import TransportClient, check_model
 from marble_client.errors import BadResponse, ConnectionFailed, MarbleError
 from marble_client.retry import Deadline, with_retries
 from marble_client.tokens import bearer, is_loopback
+from marble_client.trace import traceparent
 from marble_client.wire import decode_error, decode_event, encode_request
 
 CHUNK_BYTES = 64 * 1024
@@ -120,7 +121,8 @@ class _Endpoint:
                 method,
                 self._url + path,
                 data=body,
-                headers={"Content-Type": "application/json"} if body is not None else None,
+                headers={"traceparent": traceparent()}
+                | ({"Content-Type": "application/json"} if body is not None else {}),
                 timeout=deadline.left(),
                 proxies=self._proxies,
                 allow_redirects=False,

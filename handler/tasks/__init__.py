@@ -1,7 +1,7 @@
 """Tasks: what is asked of a model and what it answers. One file per task, one line in the registry."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -62,10 +62,12 @@ class Task(ABC):
 
     Parameters: dataclass of the parameters a request may carry.
     nests_single: whether the Inference API answers a single input with a list of one.
+    labels: the names that predictions choose from, if the model has a set of its own; see `found`.
     """
 
     Parameters: ClassVar[type[CommonParameters]]
     nests_single: ClassVar[bool] = False
+    labels: Sequence[str] = ()
 
     @abstractmethod
     def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:
@@ -77,6 +79,10 @@ class Task(ABC):
 
         Raises RequestError if the input is not one this task takes.
         """
+
+    def found(self, prediction: Any) -> Iterable[tuple[str, float]]:
+        """The labels that a prediction comes down to, each with its score: what the monitoring counts."""
+        return ()
 
     @staticmethod
     @abstractmethod

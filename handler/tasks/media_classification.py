@@ -1,6 +1,6 @@
 """What the classification of images and of sounds have in common: scores of the most probable labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -50,6 +50,7 @@ class MediaClassification(EncoderTask):
         self.inputs = inputs
         self._labels = label_names(config)
         self._activation = own_activation(config)
+        self.labels = self._labels
 
     def read(self, value: Any, parameters: Any) -> Sequence[Any]:
         """See `handler.media.read_bytes`."""
@@ -61,5 +62,9 @@ class MediaClassification(EncoderTask):
         scores = activate(window_mean(part), parameters.function_to_apply or self._activation).tolist()
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: parameters.top_k or self.top_k]
         return [{"label": self._labels[index], "score": scores[index]} for index in order]
+
+    def found(self, prediction: Any) -> Iterable[tuple[str, float]]:
+        """The most probable label."""
+        return [(entry["label"], entry["score"]) for entry in prediction[:1]]
 
     drift = staticmethod(TextClassification.drift)

@@ -1,6 +1,6 @@
 """Text classification: one score per label for each text or pair of texts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -44,6 +44,7 @@ class TextClassification(EncoderTask):
         self.inputs = TextInputs(model_dir, config, settings.max_length, settings.stride)
         self._labels = label_names(config)
         self._activation = own_activation(config)
+        self.labels = () if self._activation == "none" else self._labels
         usual = dict.fromkeys(self._labels, 0.5) if self._activation == "sigmoid" else None
         self._thresholds = _thresholds(settings.options.get("thresholds", usual), self._labels)
 
@@ -68,6 +69,10 @@ class TextClassification(EncoderTask):
         chosen = [index for index, score in enumerate(scores) if limits is None or score >= limits[index]]
         order = sorted(chosen, key=scores.__getitem__, reverse=True)[: parameters.top_k]
         return [{"label": self._labels[index], "score": scores[index]} for index in order]
+
+    def found(self, prediction: Any) -> Iterable[tuple[str, float]]:
+        """The most probable label, if one is left over the threshold."""
+        return [(entry["label"], entry["score"]) for entry in prediction[:1]]
 
     def _limits(self, threshold: float | str | None) -> Sequence[float] | None:
         """The lowest score of each label that is answered, None for all scores."""

@@ -56,6 +56,7 @@ class TokenClassification(EncoderTask):
         self.inputs: WindowInputs = WindowInputs(model_dir, config, settings.max_length)
         self._settings = settings
         self._labels = label_names(config)
+        self.labels = list(dict.fromkeys(map(_type, self._labels)))
         tokenizer, unknown = self.inputs.tokenizer, _unknown_token(model_dir)
         self._decoder = tokenizer.decoder
         self._marks_subwords = bool(getattr(tokenizer.model, "continuing_subword_prefix", None))
@@ -96,6 +97,10 @@ class TokenClassification(EncoderTask):
         if parameters.aggregation_strategy == "none":
             return [token for token in _surest_tokens(found) if token["entity"] not in ignored]
         return _longest_entities(found)
+
+    def found(self, prediction: Any) -> Iterable[tuple[str, float]]:
+        """The type of each entity or token that is none of "O"."""
+        return [(_type(_label(entity)), entity["score"]) for entity in prediction]
 
     @staticmethod
     def drift(expected: list[Entity], found: list[Entity]) -> float:

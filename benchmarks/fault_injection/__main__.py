@@ -1,0 +1,99 @@
+"""What happens when things go wrong, everything through the front door unless said.
+
+    benchmarks/faults                    all rows; writes benchmarks/faults-results.json
+    benchmarks/faults --only 2 6         these rows; the others of the file stay as they were
+    benchmarks/faults --quick            fewer repetitions, for CI; prints only
+
+docs/faults.md says what each row does and how to read it.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fault_injection import hostile, oversize, processes, protocol
+from benchmarks.fault_injection.bench import Bench, Target
+from benchmarks.fault_injection.site import ROOT, SiteError
+
+RESULTS = ROOT / "benchmarks" / "faults-results.json"
+# Each gives its figures and what they were taken from.
+ROWS: dict[str, Callable[[Bench], tuple[list[Target], Any]]] = {
+    "2": processes.kill_workers,
+    "8": hostile.hostile,
+    "9": protocol.protocol,
+    "10": oversize.oversize,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
+    output = arguments.output or (None if arguments.quick else RESULTS)
+    rows: dict[str, Any] = {}
+    if output is not None and output.exists() and arguments.only:
+        rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    with ExitStack() as stack:
+        work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
+        bench = Bench(work.absolute(), arguments.quick)
+        bench.prepare()
+        for row in arguments.only or ROWS:
+            begun = time.time()
+            targets, rounds = ROWS[row](bench)
+            rows[row] = {
+                "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begun)),
+                "seconds": round(time.time() - begun),
+                "targets": [asdict(target) for target in targets],
+                "rounds": rounds,
+            }
+            for target in targets:
+                mark = "met" if target.met else "MISSED"
+                print(f"{target.id:>5}  {target.what}: {target.value} (target {target.target}): {mark}", flush=True)
+            if output is not None:
+                output.write_text(json.dumps(results(rows), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not all(target["met"] for row in rows.values() for target in row["targets"]):
+        sys.exit(1)
+
+
+def results(rows: dict[str, Any]) -> dict[str, Any]:
+    """What is written."""
+    ordered = {row: rows[row] for row in ROWS if row in rows}
+    packages = ("torchserve", "torch", "openvino", "grpcio", "aiohttp")
+    nginx = subprocess.run(["/usr/sbin/nginx", "-v"], capture_output=True, text=True, check=False).stderr.strip()
+    return {
+        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "versions": {
+            "python": platform.python_version(),
+            "nginx": nginx.rpartition("/")[2],
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "targets": [target for row in ordered.values() for target in row["targets"]],
+        "rows": ordered,
+    }
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions; nothing is written")
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="these rows")
+    parser.add_argument("--work", type=Path, help="folder of models and servers, used again (default: a temporary one)")
+    parser.add_argument("--output", type=Path, help="where the results go (default: benchmarks/faults-results.json)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (SiteError, subprocess.CalledProcessError) as error:
+        sys.exit(f"benchmarks/faults: {error}")
