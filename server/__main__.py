@@ -100,6 +100,29 @@ def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace) -
         watch.stop()
 
 
+def verify_only(argv: Sequence[str]) -> None:
+    """Verifies archives as `serve` does and starts nothing; fills a folder with them, if one is named."""
+    parser = argparse.ArgumentParser(prog="scripts/verify", description="Verifies archives as scripts/serve does.")
+    add_archive_options(parser)
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="copy them there, with the files beside them")
+    arguments = parser.parse_args(argv)
+    arguments.trust = arguments.trust or trusted_by(arguments.config)
+    pairs = chosen(arguments)
+    if arguments.into is not None:
+        # What is verified are the copies: nobody else can change them.
+        arguments.store = trust.fill(arguments.into, [arguments.store / file for _, file in pairs])
+    try:
+        archives = [verify(name, arguments.store / file) for name, file in pairs]
+        if arguments.trust is not None:
+            trust.check(archives, arguments.trust)
+    except ArchiveError:
+        if arguments.into is not None:
+            trust.empty(arguments.into)
+        raise
+    by = f"signed by {arguments.trust}" if arguments.trust else "their checksums are right"
+    print(f"verified, {by}: {', '.join(name for name, _ in pairs)}")
+
+
 def trusted_by(config: Path) -> Path | None:
     """The key that `marble_trust` names in a config.properties; TorchServe itself does not know that setting."""
     value = read_properties(config).get("marble_trust")
@@ -204,12 +227,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", metavar="N=N.mar", help="archives to serve (default: all)")
-    parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder of the archives")
-    parser.add_argument("--config", type=Path, default=ROOT / "config.properties", help="TorchServe's settings")
-    parser.add_argument(
-        "--trust", type=Path, metavar="PUBKEY", help="serve only what this key has signed: docs/trust.md"
-    )
+    add_archive_options(parser)
     parser.add_argument("--allow-downgrade", action="store_true", help="with --trust: versions older than the last one")
     parser.add_argument("--no-auth", action="store_true", help="ask for no tokens: behind a proxy that does")
     parser.add_argument(
@@ -227,6 +245,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_archive_options(parser: argparse.ArgumentParser) -> None:
+    """Which archives, from where, signed by whom."""
+    parser.add_argument("--models", nargs="+", metavar="N=N.mar", help="archives to serve (default: all)")
+    parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder of the archives")
+    parser.add_argument("--config", type=Path, default=ROOT / "config.properties", help="TorchServe's settings")
+    parser.add_argument(
+        "--trust", type=Path, metavar="PUBKEY", help="serve only what this key has signed: docs/trust.md"
+    )
+
+
 if __name__ == "__main__":
     try:
         match sys.argv[1:]:
@@ -236,6 +264,8 @@ if __name__ == "__main__":
                 check_no_other(ROOT / "config.properties")
             case ["serve", *rest]:
                 serve(rest)
+            case ["verify", *rest]:
+                verify_only(rest)
             case ["token", *rest]:
                 token(rest)
             case ["upgrade", *rest]:
@@ -243,7 +273,7 @@ if __name__ == "__main__":
             case ["rollback", *rest]:
                 upgrade.rollback(rest)
             case _:
-                sys.exit("use scripts/serve, stop, token, upgrade or rollback")
+                sys.exit("use scripts/serve, stop, verify, token, upgrade or rollback")
     except (ArchiveError, ServerError) as error:
         sys.exit(f"scripts/{sys.argv[1]}: {error}")
     except KeyboardInterrupt:

@@ -103,14 +103,21 @@ class Certificate:
         for option, path in (("--cert", certificate), ("--key", key)):
             if not path.is_file():
                 raise ServerError(f"{option} {path}: there is no such file")
+        # Not resolved: Kubernetes renews a mounted pair by giving a link in its path another target.
+        pair = cls(certificate.absolute(), key.absolute())
+        pair.check()
+        return pair
+
+    def check(self) -> None:
+        """Raises ServerError if they are no PEM, encrypted, or do not fit each other."""
         try:
             # An empty password: a key that wants one must not make the server stop and ask.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
-        except (ssl.SSLError, ValueError) as error:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
+        except (OSError, ValueError) as error:  # an SSLError is an OSError
             raise ServerError(
-                f"--cert {certificate} and --key {key} are no pair of PEM certificate and unencrypted key ({error})"
+                f"--cert {self.certificate} and --key {self.key} are no pair of PEM certificate and unencrypted key "
+                f"({error})"
             ) from None
-        return cls(certificate.resolve(), key.resolve())
 
     @classmethod
     def self_signed(cls) -> "Certificate":
@@ -213,6 +220,7 @@ class Front:
         self.folder = Path(tempfile.mkdtemp(prefix="marble-front-"))
         self.folder.chmod(0o711)
         self._process: subprocess.Popen[bytes] | None = None
+        self._seen = self._stamps()
         template = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(
             TEMPLATE.read_text(encoding="utf-8")
         )
@@ -236,6 +244,23 @@ class Front:
     def write_tokens(self) -> None:
         """Brings what nginx knows of clients' tokens up to date; `reload` makes it count."""
         write_tokens(self.folder)
+
+    def files_changed(self) -> bool:
+        """Whether the certificate, its key or the tokens are others than nginx was told of; says so once."""
+        before, self._seen = self._seen, self._stamps()
+        if before[:2] != self._seen[:2]:
+            return True
+        # scripts/token has told nginx by itself, and a reload is not for nothing: it ends idle connections.
+        return before != self._seen and not self._knows_tokens()
+
+    def _knows_tokens(self) -> bool:
+        try:
+            return tokens.nginx_maps(tokens.read()) == (self.folder / "tokens.conf").read_text(encoding="utf-8")
+        except ServerError:
+            return False
+
+    def _stamps(self) -> list[tuple[int, int, int] | None]:
+        return [_stamp(path) for path in (self.certificate.certificate, self.certificate.key, tokens.FILE)]
 
     def start(self) -> None:
         """Starts nginx; returns when it listens. Raises ServerError with what it says."""
@@ -325,6 +350,15 @@ def _kill_group(leader: int) -> None:
     """Kills an nginx with all its processes: it was started as the leader of a group of its own."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Differs when a file was replaced or written to; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _nobody() -> str | None:

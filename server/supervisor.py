@@ -67,6 +67,8 @@ class Supervisor:
             if self._server.process() is None:
                 self._restart(f"TorchServe (process {self._server.pid}) has ended by itself")
             elif time.monotonic() >= due:
+                if self._front.files_changed():
+                    self._reload()
                 self._round()
             else:
                 continue
@@ -133,8 +135,13 @@ class Supervisor:
 
     def _reload(self) -> None:
         self._reload_asked = False
+        self._tell_front(self._reload_front)
+
+    def _reload_front(self) -> None:
+        # Known before nginx is told: it would take its time to refuse, and canaries would wait for it.
+        self._front.certificate.check()
         self._tell_front(self._front.write_tokens)
-        self._tell_front(self._front.reload)
+        self._front.reload()
         self._health.certificate_ends = self._front.certificate.ends()
         LOG.info("reloaded")
 

@@ -6,10 +6,11 @@ afterwards changes nothing.
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from archiver import pack, sign
+from archiver import bom, pack, sign
 from server.archive import Archive, ArchiveError, verify
 from server.tokens import write_private
 from server.torchserve import STORE
@@ -17,6 +18,8 @@ from training.errors import UserError
 
 # The newest version of each model that was ever served from this folder.
 VERSIONS = Path("run/versions.json")
+# Of an archive and the files beside it.
+SUFFIXES = (".mar", ".mar.sha256", bom.SUFFIX, sign.MANIFEST_SUFFIX, sign.SIGNATURE_SUFFIX)
 
 
 def admit(archives: Sequence[Archive], key: Path, *, allow_downgrade: bool) -> list[Archive]:
@@ -68,6 +71,30 @@ def _newest(admitted: list[Archive], allow_downgrade: bool) -> list[Archive]:
     return admitted
 
 
+def check(archives: Sequence[Archive], key: Path) -> None:
+    """Raises ArchiveError as `admit` does, whatever was served before, and leaves nothing behind."""
+    check_public_key(key)
+    with tempfile.TemporaryDirectory(prefix="marble-") as folder:
+        for archive in archives:
+            _admit(archive, key, archive.name, Path(folder))
+
+
+def fill(folder: Path, archives: Sequence[Path]) -> Path:
+    """Copies archives and the files beside them, as many as there are, into a folder that holds nothing else after."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    empty(folder)
+    for path in (file for archive in archives for file in sign.files(archive) if file.is_file()):
+        _copy(path, folder / path.name)
+    return folder
+
+
+def empty(folder: Path) -> None:
+    """Removes all files of archives from a folder."""
+    for path in folder.iterdir():
+        if path.name.endswith(SUFFIXES):
+            path.unlink()
+
+
 def remember(archives: Sequence[Archive]) -> None:
     """Writes down the versions that are served now."""
     models = (pack.manifest(archive.path)["model"] for archive in archives)
@@ -95,9 +122,9 @@ def check_public_key(path: Path) -> None:
         raise ArchiveError(f"--trust {path}: not an elliptic-curve key on P-256; docs/trust.md says how to make one")
 
 
-def _admit(archive: Archive, key: Path, name: str) -> Archive:
+def _admit(archive: Archive, key: Path, name: str, store: Path = STORE) -> Archive:
     """A private copy of one archive, `name` in the store, once it is known who signed it."""
-    folder = STORE / f"{name}.signed"
+    folder = store / f"{name}.signed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     *signed, signature = sign.files(archive.path)
@@ -110,12 +137,12 @@ def _admit(archive: Archive, key: Path, name: str) -> Archive:
     for path in signed:
         _copy(path, folder / path.name)
     # Not among the files that it covers.
-    copied_signature = _copy(signature, STORE / f"{name}.sig")
+    copied_signature = _copy(signature, store / f"{name}.sig")
     _verify_signature(archive, folder, copied_signature, key)
     copy = folder / archive.path.name
     _check_manifest(archive, copy)
     verify(archive.name, copy)
-    return Archive(archive.name, copy.replace(STORE / f"{name}.mar"))
+    return Archive(archive.name, copy.replace(store / f"{name}.mar"))
 
 
 def _copy(source: Path, target: Path) -> Path:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 import psutil
@@ -125,3 +126,20 @@ def test_a_server_that_trusts_a_key(tiny_bundle: Path, tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "scripts/serve: " in refused.stderr
     assert Server.running() is None
+
+
+def test_verifying_leaves_a_running_servers_store_alone(store: Path) -> None:
+    """scripts/verify may be run beside a server; what it filled holds what was verified, and nothing else."""
+    admitted = admit(store)
+    into = store.parent / "into"
+    verifying = ("verify", "--store", store, "--trust", store.parent / "key.pub", "--into", into)
+    command = (sys.executable, "-m", "server", *verifying)
+    assert succeeded(run(*command, cwd=store.parent)).startswith("verified, signed by ")
+    assert {path.name for path in into.iterdir()} == {f"{name}{end}" for name in ("small", "other") for end in SUFFIXES}
+    of(store, ".mar", "other").write_bytes(of(store, ".mar").read_bytes())
+    done = run(*command, cwd=store.parent)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "other.mar: its SHA-256 is not the one" in done.stderr
+    assert list(into.iterdir()) == []
+    assert admitted[0].path.is_file()
+    assert not (store / "it-ran").exists()
