@@ -11,7 +11,7 @@ import pytest
 from conftest import run, serve, stop, succeeded, write_config
 
 from archiver import sign
-from benchmarks.fault_injection.tampering import P256, TAMPERINGS, flip, make, make_key, of
+from benchmarks.fault_injection.tampering import P256, SUFFIXES, TAMPERINGS, flip, make, make_key, of
 from server import trust
 from server.archive import Archive, ArchiveError, verify
 from server.torchserve import STORE, Server
