@@ -5,6 +5,7 @@ old one ends what it has been asked and gives up its workers; it stays registere
 """
 
 import argparse
+import contextlib
 import json
 import re
 import time
@@ -138,7 +139,14 @@ class Models:
 
     def load(self, file: str, version: str) -> None:
         """Registers an archive of the store and waits for its canary. Raises ServerError if it does not answer it."""
-        self._call("POST", "/models", url=file, model_name=self.name, synchronous="true")
+        try:
+            self._call("POST", "/models", url=file, model_name=self.name, synchronous="true")
+        except ServerError:
+            with contextlib.suppress(ServerError):
+                self.remove(version)
+            raise ServerError(
+                f"version {version} of {self.name!r} did not load, and is not served; logs/model_log.log has the cause"
+            ) from None
         self.prove(version)
 
     def wake(self, version: str) -> None:
