@@ -10,7 +10,6 @@ docs/faults.md says what each row does and how to read it.
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -37,8 +36,11 @@ from benchmarks.fault_injection import (
 )
 from benchmarks.fault_injection.bench import Bench, Target
 from benchmarks.fault_injection.site import ROOT, SiteError
+from benchmarks.speed.__main__ import machine
 
 RESULTS = ROOT / "benchmarks" / "faults-results.json"
+DOCUMENT = ROOT / "docs" / "faults.md"
+BEGIN, END = "<!-- figures: written by benchmarks/faults -->", "<!-- end of figures -->"
 # Each gives its figures and what they were taken from.
 ROWS: dict[str, Callable[[Bench], tuple[list[Target], Any]]] = {
     "1": soak.soak,
@@ -65,8 +67,8 @@ def main(argv: Sequence[str]) -> None:
         rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
     with ExitStack() as stack:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
+        work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work.absolute(), arguments.quick)
-        bench.prepare()
         for row in arguments.only or ROWS:
             begun = time.time()
             targets, rounds = ROWS[row](bench)
@@ -80,7 +82,10 @@ def main(argv: Sequence[str]) -> None:
                 mark = "met" if target.met else "MISSED"
                 print(f"{target.id:>5}  {target.what}: {target.value} (target {target.target}): {mark}", flush=True)
             if output is not None:
-                output.write_text(json.dumps(results(rows), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                found = results(rows)
+                output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                if output == RESULTS:
+                    DOCUMENT.write_text(document(found, DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
     if not all(target["met"] for row in rows.values() for target in row["targets"]):
         sys.exit(1)
 
@@ -91,7 +96,7 @@ def results(rows: dict[str, Any]) -> dict[str, Any]:
     packages = ("torchserve", "torch", "openvino", "grpcio", "aiohttp")
     nginx = subprocess.run(["/usr/sbin/nginx", "-v"], capture_output=True, text=True, check=False).stderr.strip()
     return {
-        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "machine": machine(),
         "versions": {
             "python": platform.python_version(),
             "nginx": nginx.rpartition("/")[2],
@@ -100,6 +105,21 @@ def results(rows: dict[str, Any]) -> dict[str, Any]:
         "targets": [target for row in ordered.values() for target in row["targets"]],
         "rows": ordered,
     }
+
+
+def document(found: dict[str, Any], text: str) -> str:
+    """docs/faults.md with the table of these results between its marks. Raises ValueError if it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"docs/faults.md needs the lines {BEGIN} and {END}, between which the table goes")
+    lines = ["| row | figure | found | target | |", "|---|---|---|---|---|"]
+    for target in found["targets"]:
+        met = "met" if target["met"] else "**missed**"
+        lines.append(f"| {target['id']} | {target['what']} | {target['value']} | {target['target']} | {met} |")
+    where = found["machine"]
+    lines += ["", f"{where['processor']}, {where['cpus']} CPUs; nginx {found['versions']['nginx']}."]
+    return before + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + after
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

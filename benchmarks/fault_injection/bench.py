@@ -47,39 +47,41 @@ class Bench:
 
         settings: those of front.properties that differ.
         """
+        for model in models:
+            self.prepare(model)
         folder = self.work / "sites" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return Site(folder, self.store, models, settings)
 
-    def prepare(self) -> None:
-        """Trains and builds what is not in the store yet. Raises subprocess.CalledProcessError if it cannot."""
-        text = [f"--{split}-file={_REVIEWS / split}.csv" for split in ("train", "validation")]
-        self._build(MODEL, ["--task", "text-classification", *text, "--num-train-epochs", "1"])
-        corpus = self.work / "corpus.txt"
-        corpus.write_text("\n".join(line.split(",")[0] for line in (_REVIEWS / "train.csv").open(encoding="utf-8")))
-        small = "gpt2 n_embd=32 n_layer=1 n_head=2 n_positions=1024 vocab_size=400"
-        task = ["--task", "text-generation", "--from-scratch", small, "--max-steps", "5", "--max-length", "64"]
-        self._build(STREAMS, [*task, "--train-file", str(corpus)])
+    def prepare(self, model: str) -> None:
+        """Trains and builds a model, unless it is in the store. Raises subprocess.CalledProcessError if it cannot."""
+        if (self.store / f"{model}.mar").exists():
+            return
+        files = [f"--{split}-file={_REVIEWS / split}.csv" for split in ("train", "validation")]
+        training = ["--task", "text-classification", *files, "--num-train-epochs", "1"]
+        if model == STREAMS:
+            corpus = self.work / "corpus.txt"
+            corpus.write_text("\n".join(line.split(",")[0] for line in (_REVIEWS / "train.csv").open(encoding="utf-8")))
+            small = "gpt2 n_embd=32 n_layer=1 n_head=2 n_positions=1024 vocab_size=400"
+            training = ["--task", "text-generation", "--from-scratch", small, "--max-steps", "5", "--max-length", "64"]
+            training += ["--train-file", str(corpus)]
+        subprocess.run(
+            [sys.executable, "train.py", *training, "--output-dir", str(self.work / model), "--overwrite"],
+            cwd=ROOT,
+            env={**os.environ, **_OFFLINE},
+            check=True,
+        )
+        self._build("--bundle", self.work / model, "--force")
 
     def next_version(self) -> str:
         """Builds the classifier once more, as version 2.0; returns the file's name in the store."""
         name = f"{MODEL}-2"
         if not (self.store / f"{name}.mar").exists():
-            self._run("./build_mar.sh", "--bundle", self.work / MODEL, "--name", name, "--version", "2.0")
+            self.prepare(MODEL)
+            self._build("--bundle", self.work / MODEL, "--name", name, "--version", "2.0")
         return f"{name}.mar"
 
-    def _build(self, name: str, training: list[str]) -> None:
-        if (self.store / f"{name}.mar").exists():
-            return
-        subprocess.run(
-            [sys.executable, "train.py", *training, "--output-dir", str(self.work / name), "--overwrite"],
-            cwd=ROOT,
-            env={**os.environ, **_OFFLINE},
-            check=True,
-        )
-        self._run("./build_mar.sh", "--bundle", self.work / name, "--force")
-
-    def _run(self, *command: object) -> None:
-        build = [*map(str, command), "--store", str(self.store)]
-        subprocess.run(build, cwd=ROOT, env={**os.environ, **_OFFLINE}, check=True)
+    def _build(self, *options: object) -> None:
+        command = ["./build_mar.sh", *map(str, options), "--store", str(self.store)]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **_OFFLINE}, check=True)

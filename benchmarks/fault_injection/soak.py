@@ -1,6 +1,7 @@
 """Row 1: ordinary work for long, over REST and gRPC: nothing fails, nothing grows."""
 
 import json
+import os
 import threading
 import time
 import zipfile
@@ -40,12 +41,14 @@ Entry.handle = _leak
 
 
 def soak(bench: Bench) -> tuple[list[Target], Any]:
-    """Requests at 70 % of what the server can answer, for half an hour; memory is read every second.
+    """Requests at 70 % of what the server can answer, for half an hour or SOAK_MINUTES; memory is read every second.
 
     Growth is the greatest reading of the second half less the mean of that half. Beside the model a second one leaks on
     purpose, by little a request: were that not seen, a leak of ours would not be either.
     """
-    seconds, measured = bench.times(30 * 60, 40), bench.times(15, 4)
+    minutes = int(os.environ.get("SOAK_MINUTES", "30"))
+    seconds, measured = bench.times(60 * minutes, 40), bench.times(15, 4)
+    bench.prepare(MODEL)
     leaking_archive(bench, seconds)
     with bench.site("soak", (MODEL, _LEAKS)) as site:
         with Load(site, MODEL, rest=16, grpc_calls=8) as peak:
