@@ -6,10 +6,12 @@ old one ends what it has been asked and gives up its workers; it stays registere
 
 import argparse
 import contextlib
+import fcntl
 import json
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,11 @@ class Trial:
 def upgrade(argv: Sequence[str]) -> None:
     """Serves another version of a model, without a request that fails. Raises ServerError if it cannot."""
     arguments = _parse_upgrade(argv)
-    server = _running()
+    with _running() as server:
+        _upgrade(arguments, server)
+
+
+def _upgrade(arguments: argparse.Namespace, server: Server) -> None:
     name, file = _named(arguments.model, server)
     door, trial = front.State.read(), Trial.read()
     if arguments.share is not None and (door is None or door.serving() is None):
@@ -84,7 +90,10 @@ def upgrade(argv: Sequence[str]) -> None:
         print(f"{name}: {share:g} % of the requests go to version {version}, the others to {models.default()}")
         return
     old = models.default()
+    before = [other for other in models.versions() if other not in (old, version)]
     _switch(models, old, version, door if trial is not None else None)
+    for other in before:
+        models.remove(other)
     _replace(f"{name}.next", name, kept=f"{name}.previous")
     if server.trust is not None:
         trust.remember([Archive(name, STORE / f"{name}.mar")])
@@ -96,7 +105,11 @@ def rollback(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="scripts/rollback", description=rollback.__doc__)
     parser.add_argument("model", metavar="NAME", help="name it is served under")
     name = parser.parse_args(argv).model
-    server = _running()
+    with _running() as server:
+        _rollback(name, server)
+
+
+def _rollback(name: str, server: Server) -> None:
     _named(name, server)
     models, door, trial = Models(server, name), front.State.read(), Trial.read()
     served = models.default()
@@ -104,6 +117,7 @@ def rollback(argv: Sequence[str]) -> None:
         assert door is not None
         trial.end(door)
         models.retire(trial.version)
+        models.remove(trial.version)
         print(f"{name}: the trial of version {trial.version} is over; {served} is served")
         return
     before = [version for version in models.versions() if version != served]
@@ -179,8 +193,12 @@ class Models:
 
     def retire(self, version: str) -> None:
         """Takes the workers of a version that gets no request any more, once they have ended what they were asked."""
-        inference, management = self._server.keys()
-        with RestClient(self._server.addresses.inference, token=inference, management_token=management) as client:
+        inference, _ = self._server.keys()
+        with (
+            RestClient(self._server.addresses.inference, token=inference) as client,
+            # It may be why another version is wanted.
+            contextlib.suppress(MarbleError),
+        ):
             # Behind all that waits for a worker.
             client.canary(self.name, version=version, timeout=_SECONDS_TO_ANSWER)
         [description] = self._call("GET", f"/models/{self.name}/{version}")
@@ -236,9 +254,10 @@ def _load(models: Models, path: Path, trusted: str | None, allow_downgrade: bool
         trust.admit_next(archive, Path(trusted), allow_downgrade=allow_downgrade)
     else:
         trust.keep(archive, f"{name}.next")
-    for other in models.versions():
-        if other != served:
-            models.remove(other)
+    if version in models.versions():
+        # The one before, which is to come again.
+        models.remove(version)
+        (STORE / f"{name}.previous.mar").unlink(missing_ok=True)
     models.load(f"{name}.next.mar", version)
     return version
 
@@ -277,11 +296,20 @@ def _are_idle(processes: Sequence[psutil.Process]) -> bool:
     return all(b - a <= _IDLE_SHARE * _IDLE_SECONDS for a, b in zip(before, spent(), strict=True))
 
 
-def _running() -> Server:
+@contextlib.contextmanager
+def _running() -> Iterator[Server]:
+    """The server of this folder, while nobody else changes what it serves. Raises ServerError if there is none."""
     server = Server.running()
     if server is None:
         raise ServerError("no server of this folder is running; start it with scripts/serve")
-    return server
+    store = os.open(STORE, os.O_RDONLY)
+    try:
+        fcntl.flock(store, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield server
+    except BlockingIOError:
+        raise ServerError("another scripts/upgrade or scripts/rollback is at work; wait until it has ended") from None
+    finally:
+        os.close(store)
 
 
 def _named(model: str, server: Server) -> tuple[str, str | None]:

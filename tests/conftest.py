@@ -324,12 +324,13 @@ def _add_models(start_server: Callable[..., Served], shared_store: Path) -> Call
 
     def add(*models: str) -> Served:
         if not servers:
-            servers.append(start_server(shared_store, *models, enable_model_api="true"))
+            servers.append(start_server(shared_store, *models))
             return servers[0]
         server = replace(servers[0], models=models)
 
         def load(name: str) -> None:
-            verify(name, shared_store / f"{name}.mar")
+            archive = verify(name, shared_store / f"{name}.mar")
+            os.link(archive.path, server.folder / "run" / "store" / archive.path.name)
             server.manage("POST", f"/models?url={name}.mar&model_name={name}&initial_workers=1&synchronous=true")
             with server.rest_client() as client:
                 client.canary(name)

@@ -126,6 +126,7 @@ def test_the_members(bundle: Path, store: Path, name: str) -> None:
         else {"openvino_model.bin", "openvino_model.xml", "torch.py"}
     )
     facts = {"MAR-INF/MANIFEST.json", "digests.json", "LICENSE", "README.md", "golden.jsonl", "model-config.yaml"}
+    facts |= {"label-shares.json"}
     with zipfile.ZipFile(store / name) as file:
         entries = file.infolist()
         names = [entry.filename for entry in entries]

@@ -25,11 +25,11 @@ from handler import digests
 
 @pytest.fixture(scope="module")
 def store(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`small` in version 1.0, `small-2` in 2.0, and `wrong` in 3.0, whose golden set another model would answer."""
+    """`small` in version 1.0, `small-2` in 2.0, `small-4` in 4.0; `wrong`, 3.0, has the golden set of another model."""
     place = tmp_path_factory.mktemp("upgrade_store")
     bundle = Path(shutil.copytree(tiny_bundle, place / MODEL))
     build_here(bundle, place / "store", MODEL, "openvino")
-    for name, version in (("small-2", "2.0"), ("wrong", "3.0")):
+    for name, version in (("small-2", "2.0"), ("wrong", "3.0"), ("small-4", "4.0")):
         options = ("--name", name, "--version", version, "--backend", "openvino", "--precision", "fp32")
         with contextlib.redirect_stdout(io.StringIO()):
             build_main(["--bundle", str(bundle), "--store", str(place / "store"), *options])
@@ -152,7 +152,12 @@ def test_a_share_of_the_requests(door: Door, store: Path) -> None:
     command(door, store, "upgrade", f"{MODEL}=small-2.mar", "--share", 20)
     command(door, store, "upgrade", MODEL, "--share", 100)
     assert versions(door, times=20) == {"2.0": 20}
+    # A trial that was ended leaves the way back as it was.
+    command(door, store, "upgrade", f"{MODEL}=small-4.mar", "--share", 20)
     command(door, store, "rollback", MODEL)
+    assert versions(door, times=20) == {"2.0": 20}
+    command(door, store, "rollback", MODEL)
+    assert versions(door) == {"1.0": 1}
 
 
 def test_a_version_that_answers_wrongly_is_not_served(door: Door, store: Path) -> None:
