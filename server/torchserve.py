@@ -194,7 +194,7 @@ def start(
     # A snapshot of some other server must not decide what this one loads.
     for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
         environment.pop(name, None)
-    settings = _with_metrics(config, Path(scratch))
+    settings = _completed(config, Path(scratch), tokens)
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--ncs"),
         *("--ts-config", str(settings), "--log-config", str(ROOT / "deploy" / "log4j2.xml")),
@@ -227,11 +227,18 @@ def start(
     return server, logs
 
 
-def _with_metrics(config: Path, folder: Path) -> Path:
-    """A copy of `config`, in `folder`, that names our metrics: TorchServe wants their path from where it runs."""
+def _completed(config: Path, folder: Path, tokens: bool) -> Path:
+    """A copy of `config`, in `folder`, with what depends on the start.
+
+    TorchServe wants the path of our metrics from where it runs. Where it asks for no keys, anybody on this machine
+    could register code; so nobody may.
+    """
     text = config.read_text(encoding="utf-8").rstrip("\n")
+    text += f"\nmetrics_config={ROOT / 'deploy' / 'metrics.yaml'}\n"
+    if not tokens:
+        text += "enable_model_api=false\n"
     copy = folder / "config.properties"
-    copy.write_text(f"{text}\nmetrics_config={ROOT / 'deploy' / 'metrics.yaml'}\n", encoding="utf-8")
+    copy.write_text(text, encoding="utf-8")
     return copy
 
 

@@ -302,6 +302,11 @@ def _running() -> Iterator[Server]:
     server = Server.running()
     if server is None:
         raise ServerError("no server of this folder is running; start it with scripts/serve")
+    if server.keys()[1] is None:
+        raise ServerError(
+            "this server asks for no keys (--no-auth), so it takes no other version: anybody on this machine could "
+            "give it one; stop it and start it with the new archive"
+        )
     store = os.open(STORE, os.O_RDONLY)
     try:
         fcntl.flock(store, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -432,10 +432,22 @@ def test_no_token_no_answer(served: Served) -> None:
         client.predict("reviews", TEXT)
 
 
-def test_nobody_can_register_a_model(served: Served) -> None:
+@pytest.mark.parametrize(
+    ("token", "url"),
+    [
+        ("management", "http://127.0.0.1:1/evil.mar"),
+        ("management", "file:///tmp/evil.mar"),
+        ("inference", "reviews.mar"),
+        ("", "reviews.mar"),
+    ],
+)
+def test_nobody_can_register_a_model(served: Served, token: str, url: str) -> None:
+    """Not from elsewhere, and not without the management key."""
+    tokens = {"management": served.management_token, "inference": served.token, "": ""}
     answer = requests.post(
-        f"{served.management}/models?url=reviews.mar&model_name=evil",
-        headers={"Authorization": f"Bearer {served.management_token}"},
+        f"{served.management}/models",
+        params={"url": url, "model_name": "evil"},
+        headers={"Authorization": f"Bearer {tokens[token]}"},
         timeout=30,
     )
     assert answer.status_code >= 400

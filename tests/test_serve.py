@@ -18,7 +18,7 @@ import conftest
 import psutil
 import pytest
 import requests
-from conftest import ROOT, serve, stop, write_config
+from conftest import ROOT, run, serve, stop, write_config
 
 NAME = "reviews-fp32"
 
@@ -264,6 +264,12 @@ def test_without_tokens_a_second_start_and_stopping(place: Place) -> None:
     assert re.match(rf"ready in [\d.]+ s: {NAME}\n", done.stdout)
     assert "tokens: none needed" in done.stdout
     assert ask(place).status_code == 200
+    # Nobody may give it code: not over its management API, which would ask nobody for a key.
+    url = f"http://127.0.0.1:{place.ports[1]}/models?url={NAME}.mar&model_name=other"
+    assert requests.post(url, timeout=30).status_code >= 400
+    upgraded = run(sys.executable, "-m", "server", "upgrade", NAME, "--store", place.store, cwd=place.folder)
+    assert upgraded.returncode == 1
+    assert "--no-auth" in upgraded.stderr
     state = json.loads((place.folder / "run" / "server.json").read_text())
 
     again = serve(place.folder, place.store, place.config)
