@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import grpc
 import psutil
 import requests
 
+from benchmarks.speed.servers import free_ports, torchserve_config
 from marble_client.stubs import inference_pb2
 from server import tokens
 from server.torchserve import is_worker
@@ -46,11 +46,8 @@ class Site:
         self.folder = folder
         self.store = store
         self.models = models
-        *inner, self.rest, self.grpc = free_ports(7)
-        text = (ROOT / "config.properties").read_text(encoding="utf-8")
-        for old, new in zip((8080, 8081, 8082, 7070, 7071), inner, strict=True):
-            text = text.replace(f":{old}\n", f":{new}\n").replace(f"_port={old}\n", f"_port={new}\n")
-        (folder / "config.properties").write_text(text, encoding="utf-8")
+        torchserve_config(folder)
+        self.rest, self.grpc = free_ports(2)
         text = (ROOT / "front.properties").read_text(encoding="utf-8")
         own = {"rest": f"127.0.0.1:{self.rest}", "grpc": f"127.0.0.1:{self.grpc}"}
         for key, value in {**_SETTINGS, **own, **settings}.items():
@@ -153,12 +150,3 @@ def message(model: str, body: object = BODY) -> bytes:
     """A serialized request of TorchServe's gRPC."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return inference_pb2.PredictionsRequest(model_name=model, input={"data": data}).SerializeToString()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [entry.getsockname()[1] for entry in sockets]
-    for entry in sockets:
-        entry.close()
-    return ports
