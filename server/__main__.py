@@ -219,7 +219,7 @@ def token(argv: Sequence[str]) -> None:
     state = front.State.read()
     if state is not None and state.serving() is not None:
         front.write_tokens(Path(state.folder))
-        front.reload(state.nginx)
+        front.reload(state.nginx, Path(state.folder))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

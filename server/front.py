@@ -29,6 +29,7 @@ from server.torchserve import LOGS, ROOT, Addresses, ServerError, find_process, 
 STATE = Path("run/front.json")
 TEMPLATE = ROOT / "deploy" / "nginx" / "front.conf.j2"
 _SECONDS_TO_START = 10
+_SECONDS_TO_CLOSE = 1.0
 _SELF_SIGNED_DAYS = 90
 _LOG_BYTES = 20_000_000
 _OLD_LOGS = 5
@@ -311,7 +312,7 @@ class Front:
         """Has nginx read its configuration, tokens and certificate anew; requests go on meanwhile."""
         if self._process is not None and self._process.poll() is None:
             try:
-                reload(self._process.pid)
+                reload(self._process.pid, self.folder)
             except psutil.NoSuchProcess:
                 return  # it has just ended, and reads it all when it is started
 
@@ -385,20 +386,27 @@ def write_share(folder: Path, model: str = "", version: str = "", share: float =
     tokens.write_private(folder / "share.conf", text)
 
 
-def reload(nginx: int) -> None:
-    """Has the nginx of this process id read its configuration anew; returns when new processes answer.
+def reload(nginx: int, folder: Path) -> None:
+    """Has the nginx of this process id and folder read its configuration anew; returns when new processes answer.
 
     Raises ServerError if they do not: then the old ones go on, and nginx's log says what is wrong.
     """
     master = psutil.Process(nginx)
     before = master.children()
-    master.send_signal(signal.SIGHUP)
-    deadline = time.monotonic() + _SECONDS_TO_START
-    # The old ones go on taking requests until they say that they are shutting down.
-    while not (set(master.children()) - set(before) and all(map(_is_shutting_down, before))):
-        if time.monotonic() > deadline:
-            raise ServerError(f"nginx did not reload; {LOGS}/front_error.log has the cause")
-        time.sleep(0.02)
+    closing = folder / "closing"
+    closing.touch()
+    try:
+        # Connections on which requests come end with an answer; those that are idle for so long will be closed.
+        time.sleep(_SECONDS_TO_CLOSE)
+        master.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + _SECONDS_TO_START
+        # The old ones go on taking requests until they say that they are shutting down.
+        while not (set(master.children()) - set(before) and all(map(_is_shutting_down, before))):
+            if time.monotonic() > deadline:
+                raise ServerError(f"nginx did not reload; {LOGS}/front_error.log has the cause")
+            time.sleep(0.02)
+    finally:
+        closing.unlink(missing_ok=True)
 
 
 def _is_shutting_down(process: psutil.Process) -> bool:

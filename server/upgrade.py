@@ -52,12 +52,12 @@ class Trial:
         """Has the front door send the share. Raises ServerError if it does not do as it is told."""
         write_private(TRIAL, json.dumps(asdict(self)) + "\n")
         front.write_share(Path(door.folder), self.model, self.version, self.share)
-        front.reload(door.nginx)
+        front.reload(door.nginx, Path(door.folder))
 
     def end(self, door: front.State) -> None:
         """Has all requests go to the default version again."""
         front.write_share(Path(door.folder))
-        front.reload(door.nginx)
+        front.reload(door.nginx, Path(door.folder))
         TRIAL.unlink(missing_ok=True)
 
 
