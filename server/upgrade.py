@@ -91,7 +91,10 @@ def _upgrade(arguments: argparse.Namespace, server: Server) -> None:
         return
     old = models.default()
     before = [other for other in models.versions() if other not in (old, version)]
-    _switch(models, old, version, door if trial is not None else None)
+    models.make_default(version)
+    if trial is not None and door is not None:
+        trial.end(door)
+    models.retire(old)
     for other in before:
         models.remove(other)
     _replace(f"{name}.next", name, kept=f"{name}.previous")
@@ -128,7 +131,8 @@ def _rollback(name: str, server: Server) -> None:
         )
     [version] = before
     models.wake(version)
-    _switch(models, served, version, None)
+    models.make_default(version)
+    models.retire(served)
     _replace(f"{name}.previous", name, kept=f"{name}.previous")
     print(f"{name}: version {version} is served again; {served} is one scripts/rollback {name} away")
 
@@ -139,12 +143,10 @@ class Models:
     def __init__(self, server: Server, name: str) -> None:
         self._server = server
         self.name = name
-        self._workers = 1
 
     def default(self) -> str:
         """The version that is served where none is named."""
         [description] = self._call("GET", f"/models/{self.name}")
-        self._workers = max(1, int(description["maxWorkers"]))
         return str(description["modelVersion"])
 
     def versions(self) -> list[str]:
@@ -165,8 +167,8 @@ class Models:
 
     def wake(self, version: str) -> None:
         """Gives a version as many workers as the default one has, and waits for its canary."""
-        self.default()
-        self._scale(version, self._workers)
+        [description] = self._call("GET", f"/models/{self.name}")
+        self._scale(version, max(1, int(description["maxWorkers"])))
         self.prove(version)
 
     def prove(self, version: str) -> None:
@@ -224,13 +226,7 @@ class Models:
         with requests.Session() as session:
             session.trust_env = False
             try:
-                answer = session.request(
-                    method,
-                    url,
-                    params=query,
-                    headers=headers,
-                    timeout=_SECONDS_TO_LOAD,
-                )
+                answer = session.request(method, url, params=query, headers=headers, timeout=_SECONDS_TO_LOAD)
                 value = answer.json()
             except (requests.RequestException, ValueError) as error:
                 raise ServerError(f"TorchServe's management did not answer: {error}") from None
@@ -260,14 +256,6 @@ def _load(models: Models, path: Path, trusted: str | None, allow_downgrade: bool
         (STORE / f"{name}.previous.mar").unlink(missing_ok=True)
     models.load(f"{name}.next.mar", version)
     return version
-
-
-def _switch(models: Models, old: str, new: str, door: front.State | None) -> None:
-    """Makes a version the default. door: that of a trial, which ends."""
-    models.make_default(new)
-    if door is not None and (trial := Trial.read()) is not None:
-        trial.end(door)
-    models.retire(old)
 
 
 def _replace(new: str, name: str, kept: str) -> None:
