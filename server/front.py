@@ -251,7 +251,7 @@ class Front:
         before, self._seen = self._seen, self._stamps()
         if before[:2] != self._seen[:2]:
             return True
-        # scripts/token has told nginx by itself, and a reload is not for nothing: it ends idle connections.
+        # scripts/token has told nginx by itself, and a reload is not for nothing: it ends connections.
         return before != self._seen and not self._knows_tokens()
 
     def _knows_tokens(self) -> bool:
@@ -331,8 +331,8 @@ class Front:
     def rotate_logs(self) -> None:
         """Begins the log files anew that are large.
 
-        nginx is not told: a reload would close its kept connections, with a request on one now and then, and the
-        processes that it has as nobody may not be able to open a file in this folder.
+        nginx is not told: a reload has every connection end with its next answer, and the processes that it has as
+        nobody may not be able to open a file in this folder.
         """
         for path in (LOGS / "front_access.log", LOGS / "front_error.log"):
             if path.exists() and path.stat().st_size > _LOG_BYTES:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from marble_client import MarbleError, RestClient
+from marble_client import MarbleError
 from server.archive import Archive
 from server.torchserve import Logs, Server, ServerError
 
@@ -33,7 +33,7 @@ def wait_until_ready(server: Server, archives: Sequence[Archive], logs: Logs, ti
 def answers(server: Server, archive: Archive) -> bool:
     """Whether a worker is READY and has just answered its canary. Raises ServerError if it answers wrongly."""
     try:
-        with RestClient(server.addresses.inference, server.addresses.management, *server.keys()) as client:
+        with server.client() as client:
             if not client.ready(archive.name):
                 return False
             client.canary(archive.name)

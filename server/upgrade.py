@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import requests
 
 from archiver import pack
-from marble_client import MarbleError, RestClient
+from marble_client import MarbleError
 from server import front, trust
 from server.archive import Archive, verify
 from server.tokens import write_private
@@ -174,11 +173,9 @@ class Models:
     def prove(self, version: str) -> None:
         """Raises ServerError, after the version has been taken away, if it does not answer its canary rightly."""
         deadline = time.monotonic() + _SECONDS_TO_LOAD
-        inference, management = self._server.keys()
-        addresses = self._server.addresses
         while True:
             try:
-                with RestClient(addresses.inference, addresses.management, inference, management) as client:
+                with self._server.client() as client:
                     client.canary(self.name, version=version, timeout=_SECONDS_TO_ANSWER)
                     return
             except MarbleError as error:
@@ -195,9 +192,8 @@ class Models:
 
     def retire(self, version: str) -> None:
         """Takes the workers of a version that gets no request any more, once they have ended what they were asked."""
-        inference, _ = self._server.keys()
         with (
-            RestClient(self._server.addresses.inference, token=inference) as client,
+            self._server.client() as client,
             # It may be why another version is wanted.
             contextlib.suppress(MarbleError),
         ):
@@ -219,21 +215,7 @@ class Models:
         self._call("PUT", path, min_worker=workers, max_worker=workers, synchronous="true")
 
     def _call(self, method: str, path: str, **query: str | int) -> Any:
-        """A call of the management API; its answer. Raises ServerError with what TorchServe says if it refuses."""
-        _, management = self._server.keys()
-        headers = {"Authorization": f"Bearer {management}"} if management else {}
-        url = f"{self._server.addresses.management}{path}"
-        with requests.Session() as session:
-            session.trust_env = False
-            try:
-                answer = session.request(method, url, params=query, headers=headers, timeout=_SECONDS_TO_LOAD)
-                value = answer.json()
-            except (requests.RequestException, ValueError) as error:
-                raise ServerError(f"TorchServe's management did not answer: {error}") from None
-        if not answer.ok:
-            said = value.get("message", value) if isinstance(value, dict) else value
-            raise ServerError(f"TorchServe refused to {method} {path}: {said}")
-        return value
+        return self._server.manage(method, path, timeout=_SECONDS_TO_LOAD, **query)
 
 
 def _load(models: Models, path: Path, trusted: str | None, allow_downgrade: bool) -> str:

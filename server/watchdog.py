@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
-import requests
 
-from marble_client import MarbleError, RestClient
-from server.torchserve import Server
+from marble_client import MarbleError
+from server.torchserve import Server, ServerError
 
 _MANAGEMENT_SECONDS = 3
 # A worker that waits for work spends next to no time on a CPU.
@@ -103,26 +102,17 @@ class Watchdog:
 
     def _check(self, model: str) -> Check:
         """Asks the management API for the model's workers, and the model for its canary."""
-        inference, management = self._server.keys()
         managed = True
         workers: list[int] = []
         try:
-            # TorchServe is on this machine; a proxy of the environment is not for it.
-            with requests.Session() as session:
-                session.trust_env = False
-                reply = session.get(
-                    f"{self._server.addresses.management}/models/{model}",
-                    headers={"Authorization": f"Bearer {management}"},
-                    timeout=_MANAGEMENT_SECONDS,
-                )
-            workers = ready_workers(reply.json())
-        except (requests.RequestException, ValueError, TypeError, KeyError):
+            workers = ready_workers(self._server.manage("GET", f"/models/{model}", timeout=_MANAGEMENT_SECONDS))
+        except (ServerError, TypeError, KeyError):
             managed = False
         if not workers:
             why = "no worker is READY" if managed else "TorchServe's management does not answer"
             return Check(model, workers, why, time.monotonic(), managed)
         try:
-            with RestClient(self._server.addresses.inference, token=inference, timeout=self._timing.within) as client:
+            with self._server.client(self._timing.within) as client:
                 client.canary(model)
         except MarbleError as error:
             return Check(model, workers, error.message, time.monotonic(), wrong=error.type == "WrongAnswer")
