@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from handler import backends, tasks
+from handler import backends, explain, tasks
 from handler.batching import micro_batches
-from handler.errors import InvalidInput, NotSupported, Overloaded, RequestError, TooLarge
+from handler.errors import InvalidInput, InvalidParameter, NotSupported, Overloaded, RequestError, TooLarge
+from handler.explain import Explainable, Explanation, ExplanationParameters
 from handler.inputs import Encoded
 from handler.messages import Piece, Request, Result, Usage, Work
 from handler.parameters import parse
@@ -27,15 +28,20 @@ _BATCH_SHARE = 4
 
 @dataclass(slots=True)
 class _Item:
-    """One input on its way through the engine; ends with a prediction or an error."""
+    """One input on its way through the engine; ends with a prediction, an explanation of one, or an error.
+
+    explain: how it is explained, None if it is not; explanation: what becomes of that.
+    """
 
     parameters: Any
+    explain: ExplanationParameters | None = None
     samples: Sequence[Any] = ()
     encoded: list[Encoded] = field(default_factory=list)
     outputs: list[Outputs] = field(default_factory=list)
     missing: int = 0
     truncated: bool = False
     tokens: int = 0
+    explanation: Explanation | None = None
     outcome: Any = None
 
     @property
@@ -77,6 +83,7 @@ class Engine:
             self._encode(self.task, jobs)
             encoded = time.perf_counter()
             self._run(self.task, _open_items(jobs))
+            self._explain(self.task, jobs)
         elif isinstance(self.task, GenerativeTask):
             self._ration_texts(self.task, jobs)
             encoded = time.perf_counter()
@@ -124,7 +131,7 @@ class Engine:
                 raise NotSupported('this model does not stream its answers; leave out "stream"')
             if request.stream and len(request.inputs) != 1:
                 raise InvalidInput("a stream answers one input; send one request for each")
-            parameters = parse(self.task.Parameters, request.parameters)
+            how, parameters = self._parameters(request)
             if not request.inputs:
                 raise InvalidInput("there is nothing to answer: the list of inputs is empty")
             if len(request.inputs) > self.settings.max_inputs:
@@ -133,13 +140,29 @@ class Engine:
             return error
         items = []
         for value in request.inputs:
-            item = _Item(parameters)
+            item = _Item(parameters, how)
             try:
                 item.samples = self.task.read(value, parameters)
             except RequestError as error:
                 item.outcome = error
             items.append(item)
         return items
+
+    def _parameters(self, request: Request) -> tuple[ExplanationParameters | None, Any]:
+        """How a request is to be explained, if it is, and the task's parameters."""
+        if not request.explain:
+            return None, parse(self.task.Parameters, request.parameters)
+        if not isinstance(self.task, Explainable):
+            raise NotSupported("the answers of this task are not explained; ask for predictions")
+        own = {name: request.parameters[name] for name in explain.NAMES if name in request.parameters}
+        others = {name: value for name, value in request.parameters.items() if name not in own}
+        how = parse(ExplanationParameters, own)
+        if how.method == "integrated_gradients" and not hasattr(self.backend, "integrated_gradients"):
+            raise InvalidParameter(
+                f"this model runs on {self.settings.backend}, which has no gradients: leave the parameter 'method' "
+                "out, or build the archive with --backend torch"
+            )
+        return how, parse(self.task.Parameters, others, beside=explain.NAMES)
 
     def _encode(self, task: EncoderTask, jobs: list[list[_Item] | RequestError]) -> None:
         """Encodes the samples of all items in one call and applies the limits and the overflow policy."""
@@ -201,7 +224,61 @@ class Engine:
             item.outputs[place] = outputs
             item.missing -= 1
             if not item.missing:
-                _finish(task, item)
+                self._finish(task, item)
+
+    def _finish(self, task: EncoderTask, item: _Item) -> None:
+        """Turns the outputs of an item's rows into its outcome, or into the beginning of an explanation."""
+        outputs = iter(item.outputs)
+        parts = [
+            Part(sample, encoded.rows, [next(outputs) for _ in encoded.rows])
+            for sample, encoded in zip(item.samples, item.encoded, strict=True)
+        ]
+        item.outputs = []
+        try:
+            prediction = task.postprocess(parts, item.parameters)
+            if item.explain is None:
+                item.outcome = prediction
+            else:
+                assert isinstance(task, Explainable)
+                [part] = parts
+                budget = self.settings.max_explanation_tokens
+                targets = task.targets(part, prediction, item.parameters)
+                item.explanation = Explanation(task.inputs, item.explain, part, prediction, targets, budget)
+        except RequestError as error:
+            item.outcome = error
+
+    def _explain(self, task: EncoderTask, jobs: list[list[_Item] | RequestError]) -> None:
+        """Explains what is to be explained, all inputs of all requests together."""
+        _ration(jobs, _cost_of_explanation, self.settings.max_tokens, "tokens to run")
+        items = _open_items(jobs)
+        found = [item.explanation for item in items if item.explanation is not None]
+        occlusions = [explanation for explanation in found if explanation.method == "occlusion"]
+        hidden = [(explanation, each) for explanation in occlusions for each in explanation.occluded()]
+        for index, outputs in self._forward(task, [each.row for _, each in hidden]) if hidden else ():
+            explanation, each = hidden[index]
+            explanation.take_occluded(each, outputs)
+        for explanation in found:
+            if explanation.method == "integrated_gradients":
+                self._integrate(task, explanation)
+        for item in items:
+            if item.explanation is not None:
+                item.outcome = item.explanation.answer()
+
+    def _integrate(self, task: EncoderTask, explanation: Explanation) -> None:
+        """Takes an explanation's integrated gradients; rows of like length go together."""
+        paths = list(explanation.paths())
+        lengths = [len(path.row) for path in paths]
+        for group in micro_batches(lengths, self.settings.token_budget) if paths else ():
+            chosen = [paths[index] for index in group]
+            attributions, deltas = self.backend.integrated_gradients(  # type: ignore[attr-defined]
+                task.inputs.collate([path.row for path in chosen]),
+                task.inputs.collate([path.hidden.row for path in chosen]),
+                [[(term.output, term.index, term.weight) for term in path.terms] for path in chosen],
+                explanation.steps,
+                max(lengths[index] for index in group),
+            )
+            for path, found, delta in zip(chosen, attributions, deltas, strict=True):
+                explanation.take_gradients(path, found, float(delta))
 
     def _forward(self, task: EncoderTask, rows: Sequence[Any]) -> Iterator[tuple[int, Outputs]]:
         """The outputs of each row, with its place in `rows`, as they come."""
@@ -214,18 +291,8 @@ class Engine:
                 yield index, task.keep(rows[index], {name: array[position] for name, array in found.items()})
 
 
-def _finish(task: EncoderTask, item: _Item) -> None:
-    """Turns the outputs of an item's rows into its outcome."""
-    outputs = iter(item.outputs)
-    parts = [
-        Part(sample, encoded.rows, [next(outputs) for _ in encoded.rows])
-        for sample, encoded in zip(item.samples, item.encoded, strict=True)
-    ]
-    item.outputs = []
-    try:
-        item.outcome = task.postprocess(parts, item.parameters)
-    except RequestError as error:
-        item.outcome = error
+def _cost_of_explanation(item: _Item) -> float:
+    return 0.0 if item.explanation is None else item.explanation.cost
 
 
 def _extent(encoded: Encoded, max_length: int) -> str:
@@ -298,4 +365,4 @@ def _outcome(items: Sequence[_Item] | RequestError) -> Result | RequestError:
         truncated=any(item.truncated for item in items),
         windows=sum(item.rows for item in items if not isinstance(item.outcome, RequestError)),
     )
-    return Result(outcomes, usage, details=items[0].parameters.details)
+    return Result(outcomes, usage, items[0].parameters.details, items[0].explain is not None)

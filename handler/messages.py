@@ -13,13 +13,15 @@ class Request:
     """One request: one or more inputs that share their parameters.
 
     `many` tells whether the client sent a list: the answer to a list is a list, also when it has one entry.
-    `parameters` are as the client sent them, not yet checked. `stream`: the answer is wanted piece by piece.
+    `parameters` are as the client sent them, not yet checked. `stream`: the answer is wanted piece by piece. `explain`:
+    what is wanted is an explanation of the answer.
     """
 
     inputs: Sequence[Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     many: bool = False
     stream: bool = False
+    explain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The answer to one `Request`: one prediction per input, in order; an input that failed has its error there."""
+    """The answer to one `Request`: one prediction per input, in order; an input that failed has its error there.
+
+    explains: whether they are explanations.
+    """
 
     predictions: Sequence[Any | RequestError]
     usage: Usage
     details: bool = False
+    explains: bool = False
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "marble_errors_total": ("type",),
     "marble_item_errors_total": ("type",),
     "marble_items_total": (),
+    "marble_explanations_total": (),
     "marble_tokens_total": (),
     "marble_truncations_total": (),
     "marble_windows_total": (),
@@ -127,10 +128,12 @@ class Metrics:
         totals["marble_tokens_total",] += outcome.usage.tokens
         totals["marble_truncations_total",] += outcome.usage.truncated
         totals["marble_windows_total",] += outcome.usage.windows
+        if outcome.explains:
+            totals["marble_explanations_total",] += len(outcome.predictions)
         for prediction in outcome.predictions:
             if isinstance(prediction, RequestError):
                 totals["marble_item_errors_total", type(prediction).__name__] += 1
-            elif self._labels:
+            elif self._labels and not outcome.explains:
                 for label, score in self._task.found(prediction):
                     totals["marble_predictions_total", self._label(label)] += 1
                     totals["marble_confidence_total",] += min(max(score, 0.0), 1.0)

@@ -2,7 +2,7 @@
 
 import math
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -37,8 +37,8 @@ def at_least(minimum: float) -> Any:
     return field(default=None, metadata={"minimum": minimum})
 
 
-def parse(kind: type[P], given: Mapping[str, Any]) -> P:
-    """Builds `kind` (a dataclass) from a client's parameters.
+def parse(kind: type[P], given: Mapping[str, Any], beside: Iterable[str] = ()) -> P:
+    """Builds `kind` (a dataclass) from a client's parameters. beside: names that were taken out of them before.
 
     Raises InvalidParameter for an unknown name (naming the allowed ones), a value of another type, or one below
     the field's `minimum` or above its `maximum`.
@@ -48,7 +48,8 @@ def parse(kind: type[P], given: Mapping[str, Any]) -> P:
     allowed = _allowed(cast(Hashable, kind))
     for name, value in given.items():
         if name not in allowed:
-            raise InvalidParameter(f"unknown parameter {shown(name)}; this task takes: {', '.join(sorted(allowed))}")
+            names = ", ".join(sorted([*allowed, *beside]))
+            raise InvalidParameter(f"unknown parameter {shown(name)}; this task takes: {names}")
         hint, minimum, maximum = allowed[name]
         if not _fits(value, hint):
             raise InvalidParameter(f"parameter {name!r} must be {_described(hint)}, not {shown(value)}")

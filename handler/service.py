@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from handler import digests, formats, golden
 from handler.engine import Engine
-from handler.errors import InternalError, NotSupported, RequestError, TooLarge
+from handler.errors import InternalError, RequestError, TooLarge
 from handler.events import Events, Trace
 from handler.formats import Reply, hugging_face
 from handler.formats.canary import Canary
@@ -134,10 +134,9 @@ class Service:
     def _open(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> tuple[Request | RequestError, Reply]:
         """The request of one row, or what is wrong with it; and how to reply."""
         try:
-            if headers.get("explain") == "True":
-                raise NotSupported("this model gives no explanations; ask it for predictions")
             request, reply = formats.decode(row, headers, self._canary)
-            return replace(request, stream=request.stream and not formats.is_grpc(headers)), reply
+            stream = request.stream and not formats.is_grpc(headers)
+            return replace(request, stream=stream, explain=headers.get("explain") == "True"), reply
         except RequestError as error:
             return error, formats.reply_to_unreadable(row, headers)
         except Exception as error:

@@ -28,6 +28,8 @@ class Settings:
     max_pixels: an image, or all images of a request, that have more are refused (413) before they are decoded.
     max_seconds: a sound, or all sounds of a request, that last longer are refused (413).
     max_tokens: tokens of one request that may go through the model, windows counted apart; more are refused (413).
+    max_explanation_tokens: tokens that may go through the model to explain one input; where all its words would take
+    more, they are explained in runs of several.
     max_new_tokens: tokens that one answer of a generative task may have; a request for more is refused (422).
     max_inference_steps: denoising steps of one image; a request for more is refused (422).
     max_generation_seconds: a generated answer that is not there by then, and is not streamed, is given up (503);
@@ -54,6 +56,7 @@ class Settings:
     max_pixels: int = 50_000_000
     max_seconds: float = 600.0
     max_tokens: int = 32_768
+    max_explanation_tokens: int = 16_384
     max_new_tokens: int = 512
     max_inference_steps: int = 100
     max_generation_seconds: float = 45.0

@@ -412,10 +412,43 @@ def test_headers_a_client_may_forge(served: Served, same_workers: None) -> None:
         assert ask(served, GOOD, **{name: value}).status_code in (200, 400, 501), name
 
 
-def test_explanations_are_not_answered_with_predictions(served: Served, same_workers: None) -> None:
-    answer = rest(served, "/explanations/reviews", GOOD)
-    assert answer.status_code == 501
-    assert answer.json()["type"] == "NotSupported"
+def test_explanations(served: Served, same_workers: None) -> None:
+    """Over REST, by `marble_client` and by `marble explain`; predictions and explanations at a time."""
+    answer = rest(served, "/explanations/reviews", {"inputs": GOOD["inputs"], "parameters": {"details": True}})
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["predictions"]
+    assert close(found["prediction"], rest(served, "/predictions/reviews", GOOD).json()[0])
+    assert [entry["label"] for entry in found["explanations"]] == [entry["label"] for entry in found["prediction"]]
+    words = found["explanations"][0]["attributions"]
+    assert [GOOD["inputs"][word["start"] : word["end"]] for word in words] == [word["word"] for word in words]
+    with served.rest_client() as client:
+        assert close(client.explain("reviews", TEXT).predictions, found)
+    told = succeeded(marble(served, "explain", "reviews", TEXT))
+    assert close(json.loads(told), found)
+    best = json.loads(succeeded(marble(served, "explain", "reviews", TEXT, "--top-k", "1", "--details")))
+    assert close(best["predictions"]["explanations"], found["explanations"][:1])
+    assert best["model"]["name"] == "reviews"
+    refused = marble(served, "explain", "reviews", TEXT, "--grpc")
+    assert refused.returncode == 2
+    assert "over REST" in refused.stderr
+
+
+def close(one: Any, other: Any) -> bool:
+    """Whether two JSON values are the same but for the last digits of numbers, which differ from batch to batch."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[name], other[name]) for name in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return bool(one == pytest.approx(other, abs=1e-3)) if isinstance(one, float) else bool(one == other)
+
+
+def test_predictions_and_explanations_at_a_time(served: Served, same_workers: None) -> None:
+    """In the same batches, each as if it were alone."""
+    paths = ["/predictions/reviews", "/explanations/reviews"] * 16
+    with ThreadPoolExecutor(len(paths)) as pool:
+        answers = list(pool.map(lambda path: rest(served, path, GOOD).json(), paths))
+    alone = [rest(served, path, GOOD).json() for path in paths[:2]]
+    assert all(close(answer, alone[index % 2]) for index, answer in enumerate(answers))
 
 
 # --- tokens, privacy, the server itself

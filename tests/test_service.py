@@ -194,7 +194,11 @@ BAD: dict[str, tuple[Sent, int, str]] = {
         422,
         "InvalidInput",
     ),
-    "explanation": (Sent(GOOD.parts, {**GOOD.headers, "explain": "True"}), 501, "NotSupported"),
+    "explanation": (
+        Sent(rest({"inputs": "a", "parameters": {"steps": 0}}, JSON).parts, {**GOOD.headers, "explain": "True"}),
+        422,
+        "InvalidParameter",
+    ),
 }
 
 

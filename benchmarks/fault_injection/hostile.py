@@ -29,7 +29,7 @@ _CLIENTS = 24  # of each protocol
 _OFFENDERS_KEPT, _ALIKE_KEPT = 100, 5
 # What a request that is wrong may be told. 500 and 502 to 504 are never right; 503 is not either: nobody is restarting.
 REST_ALLOWED = {200, 400, 401, 403, 404, 405, 413, 414, 415, 422, 429, 431}
-# ... and what has its reason: explanations that the model has none of, an unknown Transfer-Encoding or version of HTTP.
+# ... and what has its reason: a stream of a model that has none, an unknown Transfer-Encoding or version of HTTP.
 REST_EXPLAINED = {501: ("NotSupported", "NotImplemented"), 505: ("VersionNotSupported",)}
 GRPC_ALLOWED = {
     "OK",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from marble_client.answer import Input, Json, ServedModel
+from marble_client.answer import Answer, Input, Json, ServedModel
 from marble_client.client import Client
 from marble_client.errors import (
     ConnectionFailed,
@@ -90,13 +90,32 @@ def _predict(args: argparse.Namespace, client: Client) -> int:
         return OK
     shown = {**asdict(answer), "predictions": predictions} if args.details else _without_details(predictions)
     print(json.dumps(shown, ensure_ascii=False))
+    return _outcome(answer, len(inputs))
+
+
+def _outcome(answer: Answer[Json], count: int) -> int:
+    """The exit code for an answer to so many inputs; says what was cut and what failed."""
+    predictions = answer.predictions
     if answer.usage.truncated:
         _say("text was cut to fit the model; --overflow window reads all of it, --overflow error refuses it")
     failed = sum(map(is_item_error, predictions)) if isinstance(predictions, list) else 0
     if failed:
-        _say(f"{failed} of {len(inputs)} inputs failed")
+        _say(f"{failed} of {count} inputs failed")
         return REFUSED
     return OK
+
+
+def _explain(args: argparse.Namespace, client: Client) -> int:
+    if not isinstance(client, RestClient):
+        raise ValueError("TorchServe explains over REST: leave --grpc out")
+    inputs = _inputs(args)
+    given = {"method": args.method, "top_k": args.top_k, "overflow": args.overflow}
+    parameters: dict[str, Json] = {name: value for name, value in given.items() if value is not None}
+    parameters |= dict(args.parameter)
+    single = len(inputs) == 1
+    answer = client.explain(args.name, inputs[0] if single else inputs, parameters, version=args.model_version)
+    print(json.dumps(asdict(answer) if args.details else answer.predictions, ensure_ascii=False))
+    return _outcome(answer, len(inputs))
 
 
 def _stream(args: argparse.Namespace, client: Client, inputs: list[Input], parameters: dict[str, Json]) -> int:
@@ -170,7 +189,7 @@ def _models(_: argparse.Namespace, client: Client) -> int:
     return OK
 
 
-_COMMANDS = {"predict": _predict, "ready": _ready, "models": _models}
+_COMMANDS = {"predict": _predict, "explain": _explain, "ready": _ready, "models": _models}
 
 
 def _connect(args: argparse.Namespace, tokens: Tokens) -> Client:
@@ -246,6 +265,21 @@ def _say(message: str) -> None:
     print("marble:", "".join(char if char.isprintable() else "?" for char in line), file=sys.stderr)
 
 
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    """The arguments of what is predicted or explained."""
+    add = parser.add_argument
+    add("name", metavar="NAME", help="the model")
+    add("text", metavar="TEXT", nargs="+", help="a text, or - for one text per line of standard input")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--file", action="store_true", help="the texts are names of image or sound files")
+    kind.add_argument("--json", action="store_true", help='the texts are JSON, e.g. {"question": "…", "context": "…"}')
+    add("--parameter", "-p", metavar="NAME=VALUE", type=_parameter, action="append", default=[], help="of the task")
+    add("--details", action="store_true", help="print usage and the model's identity too")
+    add("--top-k", metavar="N", type=int, help="how many labels")
+    add("--overflow", choices=["error", "truncate", "window"], help="what to do with long texts")
+    add("--version", dest="model_version", metavar="V", help="the model's version")
+
+
 def _parser() -> argparse.ArgumentParser:
     server = argparse.ArgumentParser(add_help=False)
     add = server.add_argument_group("server").add_argument
@@ -281,20 +315,31 @@ def _parser() -> argparse.ArgumentParser:
         "  marble predict voice 'good morning' --output morning.wav",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_inputs(predict)
     add = predict.add_argument
-    add("name", metavar="NAME", help="the model")
-    add("text", metavar="TEXT", nargs="+", help="a text, or - for one text per line of standard input")
-    kind = predict.add_mutually_exclusive_group()
-    kind.add_argument("--file", action="store_true", help="the texts are names of image or sound files")
-    kind.add_argument("--json", action="store_true", help='the texts are JSON, e.g. {"question": "…", "context": "…"}')
-    add("--parameter", "-p", metavar="NAME=VALUE", type=_parameter, action="append", default=[], help="of the task")
     add("--output", metavar="FILE", type=Path, help="where to write the image or sound that the model answers with")
     add("--stream", action="store_true", help="print a text as it is generated (over REST)")
-    add("--details", action="store_true", help="print usage and the model's identity too")
-    add("--top-k", metavar="N", type=int, help="how many labels")
     add("--function-to-apply", choices=["softmax", "sigmoid", "none"], help="how to score")
-    add("--overflow", choices=["error", "truncate", "window"], help="what to do with long texts")
-    add("--version", dest="model_version", metavar="V", help="the model's version")
+
+    explain = commands.add_parser(
+        "explain",
+        parents=[server],
+        help="explain predictions",
+        description="Print as JSON how much each word of a text, or square of an image, speaks for each answer: by how "
+        "much the number behind it (a logit) falls without. Over REST.",
+        epilog="examples:\n"
+        "  marble explain sentiment 'what a film'\n"
+        "  marble explain sentiment 'what a film' --method integrated_gradients\n"
+        "  marble explain digits --file seven.png --top-k 1\n"
+        '  marble explain qa --json \'{"question": "Who came?", "context": "Ann came late."}\'',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_inputs(explain)
+    explain.add_argument(
+        "--method",
+        choices=["occlusion", "integrated_gradients"],
+        help="hide each word by itself (the default), or follow the gradients, on the torch backend",
+    )
 
     ready = commands.add_parser(
         "ready",

@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
-from marble_client.answer import Json, Token
+from marble_client.answer import Answer, Input, Json, Token
 from marble_client.client import TransportClient, check_model
 from marble_client.errors import BadResponse, ConnectionFailed, MarbleError
 from marble_client.retry import Deadline, with_retries
 from marble_client.tokens import bearer, is_loopback
 from marble_client.trace import traceparent
-from marble_client.wire import decode_error, decode_event, encode_request
+from marble_client.wire import decode_answer, decode_error, decode_event, encode_request
 
 CHUNK_BYTES = 64 * 1024
 
@@ -63,6 +63,24 @@ class RestClient(TransportClient):
 
         first, rest = with_retries(begin, deadline)
         return _until_end(first, rest)
+
+    def explain(
+        self,
+        model: str,
+        inputs: Input,
+        parameters: Mapping[str, Json] | None = None,
+        *,
+        version: str | None = None,
+        timeout: float | None = None,
+    ) -> Answer[Json]:
+        """Explain the predictions for `inputs`; a list gives a list. TorchServe explains over REST alone."""
+        check_model(model, version)
+        body = encode_request(inputs, parameters)
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+        path = f"/explanations/{_path(model, version)}"
+        return with_retries(
+            lambda: decode_answer(self._inference.exchange("POST", path, deadline, body=body)), deadline
+        )
 
     def _tokens(self, path: str, body: bytes, deadline: Deadline) -> Generator[Token]:
         with closing(self._inference.lines(path, deadline, body)) as lines:

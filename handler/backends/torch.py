@@ -66,6 +66,7 @@ class TorchBackend:
         self._device, self._dtype = model.device, model.dtype
         self._inputs = set(inspect.signature(model.forward).parameters)
         self._outputs = tuple(output_names)
+        self._plain = model
         self._model = torch.compile(model, dynamic=True) if settings.compile else model
 
     @torch.inference_mode()
@@ -76,6 +77,23 @@ class TorchBackend:
                 **{name: self._tensor(array) for name, array in arrays.items() if name in self._inputs}
             )
             yield {name: outputs[name].float().cpu().numpy() for name in self._outputs}
+
+    def integrated_gradients(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        baselines: Mapping[str, NDArray[Any]],
+        terms: Sequence[Sequence[tuple[str, tuple[int, ...], float]]],
+        steps: int,
+        tokens: int,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `handler.backends.gradients`."""
+        from handler.backends import gradients  # captum takes a second to import
+
+        inputs, hidden = (
+            {name: self._tensor(array) for name, array in given.items() if name in self._inputs}
+            for given in (arrays, baselines)
+        )
+        return gradients.integrated_gradients(self._plain, inputs, hidden, terms, steps, tokens)
 
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
         """On the device; floating-point inputs, i.e. media, in the precision of the weights."""

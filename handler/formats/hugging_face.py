@@ -26,7 +26,7 @@ class HuggingFaceReply:
     def answer(self, result: Result, model: Model) -> Any:
         """A list of predictions for a list of inputs, else the one prediction in the Inference API's shape."""
         predictions: Any = listed(result)
-        if not self.many and not model.nests_single:
+        if not self.many and (result.explains or not model.nests_single):
             predictions = predictions[0]
         if not result.details:
             return predictions

@@ -55,6 +55,35 @@ class Inputs(Protocol[Sample]):
 
 
 @dataclass(frozen=True, slots=True)
+class Feature:
+    """A part of a sample that can be hidden from the model.
+
+    key: the same in all windows that have the part. place: what indexes it in an array of the row's positions, e.g.
+    its tokens. extent: what this row has of it in terms of the sample, e.g. its characters.
+    """
+
+    key: tuple[int, int]
+    place: Any
+    extent: tuple[int, ...]
+
+
+class HidableInputs(Inputs[Sample], Protocol[Sample]):
+    """Inputs whose samples can be explained: which part of one is how important is told by hiding it."""
+
+    def features(self, sample: Sample, rows: Sequence[Any], most: int) -> list[list[Feature]]:
+        """The features of each row of one sample, about `most` of them: the finest parts that allows."""
+        ...
+
+    def hide(self, row: Any, features: Sequence[Feature]) -> Row:
+        """The row with something neutral in the place of these features, as long as before."""
+        ...
+
+    def shown(self, sample: Sample, rows: Sequence[Any], attributions: Sequence[tuple[Feature, float]]) -> Any:
+        """How an answer shows the attributions of features, those of all rows together, as a JSON value."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class ArrayRow:
     """A row of media: arrays without their batch axis, by input name, and the positions the model spends on them."""
 

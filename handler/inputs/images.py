@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from handler import media
 from handler.errors import RequestError, TooLarge, UnreadableRequest, UnsupportedMediaType
-from handler.inputs import Encoded
+from handler.inputs import Encoded, Feature
 
 CONFIG_FILE = "preprocessor_config.json"
 
@@ -30,6 +30,8 @@ _MAX_ASPECT = 100
 _MAX_SCANS = 64
 # Positions are counted in squares of this side where the model has no patches of its own.
 _PATCH = 16
+# Squares of a heat map from side to side.
+_GRID = 14
 
 # The image processors that resize, crop, rescale and normalise in that order and do nothing else.
 _PLAIN = ("Bit", "CLIP", "DeiT", "MobileNetV1", "Pvt", "Siglip", "ViT")
@@ -50,10 +52,14 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """One image for the model: uint8 [channels, height, width], and the patches that the model spends on it."""
+    """One image for the model: uint8 [channels, height, width], and the patches that the model spends on it.
+
+    box: what the model sees of the upright image, in the image's own pixels: left, top, right, bottom.
+    """
 
     pixels: NDArray[np.uint8]
     patches: int
+    box: tuple[float, float, float, float]
 
     def __len__(self) -> int:
         return self.patches
@@ -93,12 +99,45 @@ class ImageInputs:
         """`pixel_values` of all rows."""
         return {"pixel_values": self.processor.normalise(np.stack([row.pixels for row in rows]))}
 
+    def features(self, sample: ImageFile, rows: Sequence[ImageRow], most: int) -> list[list[Feature]]:
+        """The squares of a grid over the image."""
+        height, width = self.processor.size
+        side = max(1, min(_GRID, math.isqrt(most), height, width))
+        tops, lefts = (np.linspace(0, size, side + 1).astype(int) for size in (height, width))
+        return [
+            [
+                Feature((down, across), np.s_[tops[down] : tops[down + 1], lefts[across] : lefts[across + 1]], (side,))
+                for down in range(side)
+                for across in range(side)
+            ]
+            for _ in rows
+        ]
+
+    def hide(self, row: ImageRow, features: Sequence[Feature]) -> ImageRow:
+        """The row with the image's mean colour in these squares."""
+        pixels = row.pixels.copy()
+        mean = row.pixels.mean(axis=(1, 2), keepdims=True).astype(np.uint8)
+        for feature in features:
+            pixels[(slice(None), *feature.place)] = mean
+        return replace(row, pixels=pixels)
+
+    def shown(
+        self, sample: ImageFile, rows: Sequence[ImageRow], attributions: Sequence[tuple[Feature, float]]
+    ) -> dict[str, Any]:
+        """`{"heat_map": [[…], …], "box": {…}}`: rows of squares from the top, and what they cover of the image."""
+        heat = np.zeros((attributions[0][0].extent[0],) * 2)
+        for feature, score in attributions:
+            down, across = feature.key
+            heat[down, across] += score
+        names = ("xmin", "ymin", "xmax", "ymax")
+        return {"heat_map": heat.tolist(), "box": dict(zip(names, rows[0].box, strict=True))}
+
     def _encode(self, sample: ImageFile) -> Encoded | RequestError:
         try:
             image = decode(sample.content, self.processor.mode)
         except RequestError as error:
             return error
-        return Encoded([ImageRow(self.processor.pixels(image), self._patches)])
+        return Encoded([ImageRow(self.processor.pixels(image), self._patches, self.processor.box(*image.size))])
 
 
 class ImageProcessor:
@@ -164,6 +203,16 @@ class ImageProcessor:
             image = image.crop((left, top, left + width, top + height))
         array = np.asarray(image)
         return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """What is left of an image of this size once it is cropped: left, top, right and bottom, in its own pixels."""
+        across, down = self.resized(width, height)
+        left, top, right, bottom = 0, 0, across, down
+        for crop_height, crop_width in self._crops:
+            left += (right - left - crop_width) // 2
+            top += (bottom - top - crop_height) // 2
+            right, bottom = left + crop_width, top + crop_height
+        return (left * width / across, top * height / down, right * width / across, bottom * height / down)
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Rescales and normalises a batch: uint8 to float32, both [batch, channels, height, width]."""

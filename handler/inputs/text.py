@@ -1,6 +1,8 @@
 """Texts to token ids with the `tokenizers` library alone: one call for a whole batch, long texts split into windows."""
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +12,24 @@ from tokenizers import Encoding, Tokenizer
 
 from handler.batching import padded
 from handler.errors import InvalidInput, RequestError, TooLarge, UnreadableRequest, UnsupportedMediaType
-from handler.inputs import Encoded
+from handler.inputs import Encoded, Feature
 
 Text = str | tuple[str, str]
 Truncation = Literal["longest_first", "only_first", "only_second"]
 
 _NAMES = ("input_ids", "attention_mask")
 _TYPES = "token_type_ids"
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenRow:
+    """A row some of whose tokens are hidden: what `collate` needs of an `Encoding`."""
+
+    ids: list[int]
+    type_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class TextInputs:
@@ -45,6 +58,7 @@ class TextInputs:
         self.shapes: Mapping[str, tuple[int, ...]] = dict.fromkeys(names, (-1, -1))
         self._max_length, self._stride, self._truncation = max_length, stride, truncation
         self._pad_id = int(config.get("pad_token_id") or 0)
+        self._neutral_id = self._neutral(model_dir)
         self._truncate()
 
     def size(self, sample: Text) -> int:
@@ -81,7 +95,7 @@ class TextInputs:
             encoded.append(Encoded(rows, lengths[index], overflows=True))
         return encoded
 
-    def collate(self, rows: Sequence[Encoding]) -> dict[str, NDArray[np.int64]]:
+    def collate(self, rows: Sequence[Encoding | HiddenRow]) -> dict[str, NDArray[np.int64]]:
         """Pads rows to one length on the right.
 
         Returns `input_ids`, `attention_mask` and, for a model that has them, `token_type_ids`, each int64 [batch,
@@ -103,6 +117,61 @@ class TextInputs:
                 arrays[_TYPES][index, :n] = row.type_ids
         return arrays
 
+    def features(self, sample: Text, rows: Sequence[Encoding], most: int) -> list[list[Feature]]:
+        """The words of each row, as the tokenizer splits them; of a long text, runs of several words.
+
+        A window that begins and ends within runs has one or two more than `most`.
+        """
+        words = [_words(row) for row in rows]
+        # Counted in the whole text, so that windows agree on which words go together.
+        size = max(1, -(-max(map(len, words)) // most))
+        features = []
+        for row, found in zip(rows, words, strict=True):
+            runs: dict[tuple[int, int], list[int]] = {}
+            for (field, word), positions in found.items():
+                runs.setdefault((field, word // size), []).extend(positions)
+            offsets = row.offsets
+            features.append(
+                [
+                    Feature(key, positions, (offsets[positions[0]][0], offsets[positions[-1]][1]))
+                    for key, positions in runs.items()
+                ]
+            )
+        return features
+
+    def hide(self, row: Encoding, features: Sequence[Feature]) -> HiddenRow:
+        """The row with the model's mask token, or one that says as little, for each token of the features."""
+        ids = list(row.ids)
+        for feature in features:
+            for position in feature.place:
+                ids[position] = self._neutral_id
+        return HiddenRow(ids, row.type_ids)
+
+    def shown(
+        self, sample: Text, rows: Sequence[Encoding], attributions: Sequence[tuple[Feature, float]]
+    ) -> list[dict[str, Any]]:
+        """`[{"word", "start", "end", "score"}, …]` in the order of the text, in characters; of a pair, with its `text`.
+
+        `text` is 0 for the first text of a pair and 1 for the second.
+        """
+        texts = (sample,) if isinstance(sample, str) else sample
+        words: dict[Any, dict[str, Any]] = {}
+        for feature, score in attributions:
+            start, end = feature.extent
+            word = words.setdefault(feature.key, {"word": "", "start": start, "end": end, "score": 0.0})
+            word["start"], word["end"] = min(start, word["start"]), max(end, word["end"])
+            word["score"] += score
+        found = []
+        for (field, _), word in sorted(words.items()):
+            # Some tokenizers count the space before a word to it.
+            written = texts[field][word["start"] : word["end"]]
+            word["start"] += len(written) - len(written.lstrip())
+            word["word"] = written.strip()
+            word["end"] = word["start"] + len(word["word"])
+            if word["word"]:
+                found.append(word if isinstance(sample, str) else {"text": field, **word})
+        return found
+
     def _lengths(self, samples: Sequence[Text]) -> list[int]:
         """Tokens of whole samples, special tokens included."""
         self.tokenizer.no_truncation()
@@ -111,8 +180,32 @@ class TextInputs:
         finally:
             self._truncate()
 
+    def _neutral(self, model_dir: Path) -> int:
+        """The token that stands for a hidden one. Not the padding, which tells some models where a text ends."""
+        for name in ("mask_token", "unk_token"):
+            token = self.tokenizer.token_to_id(special_token(model_dir, name) or "")
+            if token not in (None, self._pad_id):
+                return int(token)
+        return next(iter(self.tokenizer.encode(" ", add_special_tokens=False).ids), self._pad_id)
+
     def _truncate(self) -> None:
         self.tokenizer.enable_truncation(self._max_length, stride=self._stride, strategy=self._truncation)
+
+
+def special_token(model_dir: Path, name: str) -> str | None:
+    """A special token, e.g. the "mask_token", that `tokenizer_config.json` names; a string or an object there."""
+    path = model_dir / "tokenizer_config.json"
+    token = json.loads(path.read_text(encoding="utf-8")).get(name) if path.exists() else None
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _words(row: Encoding) -> dict[tuple[int, int], list[int]]:
+    """Positions of each word of a row: by the text of a pair that it is of, and its number there."""
+    words: dict[tuple[int, int], list[int]] = {}
+    for position, (field, word) in enumerate(zip(row.sequence_ids, row.word_ids, strict=True)):
+        if field is not None and word is not None:
+            words.setdefault((field, word), []).append(position)
+    return words
 
 
 def read_text(value: Any, expected: str = "a string") -> str:

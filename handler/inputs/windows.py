@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from handler.errors import RequestError, TooLarge
-from handler.inputs import Encoded
-from handler.inputs.text import Text, TextInputs, Truncation
+from handler.inputs import Encoded, Feature
+from handler.inputs.text import HiddenRow, Text, TextInputs, Truncation
 
 # Characters of a text, times the windows that each is in: bounds the memory that small steps would take.
 _MOST_CHARACTERS = 4_000_000
@@ -79,7 +79,21 @@ class WindowInputs:
             encoded.update(zip(indices, self._texts.encode(texts), strict=True))
         return [encoded[index] for index in range(len(samples))]
 
-    def collate(self, rows: Sequence[Encoding]) -> dict[str, NDArray[np.int64]]:
+    def features(self, sample: Windowed, rows: Sequence[Encoding], most: int) -> list[list[Feature]]:
+        """See `TextInputs.features`."""
+        return self._texts.features(sample.text, rows, most)
+
+    def hide(self, row: Encoding, features: Sequence[Feature]) -> HiddenRow:
+        """See `TextInputs.hide`."""
+        return self._texts.hide(row, features)
+
+    def shown(
+        self, sample: Windowed, rows: Sequence[Encoding], attributions: Sequence[tuple[Feature, float]]
+    ) -> list[dict[str, Any]]:
+        """See `TextInputs.shown`."""
+        return self._texts.shown(sample.text, rows, attributions)
+
+    def collate(self, rows: Sequence[Encoding | HiddenRow]) -> dict[str, NDArray[np.int64]]:
         """Pads rows to one batch, see `TextInputs.collate`."""
         return self._texts.collate(rows)
 

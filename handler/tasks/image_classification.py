@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from handler.explain import Target
 from handler.inputs.images import ImageInputs
 from handler.settings import Settings
-from handler.tasks import Measure
+from handler.tasks import Measure, Part
 from handler.tasks.media_classification import MediaClassification
+from handler.tasks.text_classification import label_targets
 
 
 class ImageClassification(MediaClassification):
@@ -16,6 +18,11 @@ class ImageClassification(MediaClassification):
     auto_model: ClassVar[str] = "AutoModelForImageClassification"
     top_k: ClassVar[int | None] = 5
     measure: ClassVar[Measure] = Measure("image", "pixels", "max_pixels")
+    inputs: ImageInputs
 
     def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:
         super().__init__(ImageInputs(model_dir, config), config)
+
+    def targets(self, part: Part, prediction: list[dict[str, Any]], parameters: Any) -> list[Target]:
+        """The logit of each label in the answer, highest score first."""
+        return label_targets(self._labels, part, prediction)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from handler.errors import InvalidInput, InvalidParameter, RequestError, TooLarge
+from handler.explain import MOST_TARGETS, Target, Term
 from handler.inputs import Encoded
 from handler.inputs.text import read_text
 from handler.inputs.windows import Windowed, WindowInputs
@@ -150,6 +151,13 @@ class QuestionAnswering(EncoderTask):
         best = sorted(answers.values(), key=lambda answer: -answer["score"])[:top_k]
         return best[0] if top_k == 1 else best
 
+    def targets(self, part: Part, prediction: Answer | list[Answer], parameters: Any) -> list[Target]:
+        """Of each answer, its first token's logit to begin it and its last token's to end it, added up, in the window
+        that is surest of it."""
+        answers = [prediction] if isinstance(prediction, dict) else prediction
+        align = parameters.align_to_words is not False
+        return [Target(answer, _terms(part, answer, align=align)) for answer in answers[:MOST_TARGETS]]
+
     @staticmethod
     def drift(expected: Any, found: Any) -> float:
         """Largest change of an answer's score; of an answer that left the list, the least it must have changed by."""
@@ -248,6 +256,27 @@ def _answers(
             answer = {"answer": text, "score": 0.0, "start": start, "end": end}
             answers.setdefault(text.lower(), answer)["score"] += score
     return answers
+
+
+def _terms(part: Part, answer: Answer, *, align: bool) -> list[Term]:
+    """The two logits behind an answer; of "", those of a row's first token where it is least probable."""
+    found: list[tuple[float, int, int, int]] = []
+    for number, (row, outputs) in enumerate(zip(part.rows, part.outputs, strict=True)):
+        first, start, end = _probabilities(row, outputs)
+        if not answer["answer"]:
+            found.append((-float(start[0] * end[0]), number, 0, 0))
+            continue
+        places = (_word_places(row) if align else row.offsets)[first : first + len(start) - 1]
+        begins = [at for at, place in enumerate(places) if place[0] == answer["start"]]
+        lasts = [at for at, place in enumerate(places) if place[1] == answer["end"]]
+        found += [
+            (float(start[begin + 1] * end[last + 1]), number, first + begin, first + last)
+            for begin in begins
+            for last in lasts
+            if begin <= last
+        ]
+    _, number, begin, last = max(found)
+    return [Term(number, "start_logits", (begin,), 1.0), Term(number, "end_logits", (last,), 1.0)]
 
 
 def _word_places(row: Encoding) -> list[tuple[int, int]]:

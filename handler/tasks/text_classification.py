@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handler.errors import InternalError, InvalidInput, InvalidParameter
+from handler.explain import MOST_TARGETS, Target, Term
 from handler.inputs.text import Text, TextInputs, read_text
 from handler.parameters import CommonParameters, at_least
 from handler.settings import Settings
@@ -41,7 +42,7 @@ class TextClassification(EncoderTask):
     nests_single: ClassVar[bool] = True
 
     def __init__(self, model_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:
-        self.inputs = TextInputs(model_dir, config, settings.max_length, settings.stride)
+        self.inputs: TextInputs = TextInputs(model_dir, config, settings.max_length, settings.stride)
         self._labels = label_names(config)
         self._activation = own_activation(config)
         self.labels = () if self._activation == "none" else self._labels
@@ -69,6 +70,10 @@ class TextClassification(EncoderTask):
         chosen = [index for index, score in enumerate(scores) if limits is None or score >= limits[index]]
         order = sorted(chosen, key=scores.__getitem__, reverse=True)[: parameters.top_k]
         return [{"label": self._labels[index], "score": scores[index]} for index in order]
+
+    def targets(self, part: Part, prediction: list[dict[str, Any]], parameters: Any) -> list[Target]:
+        """The logit of each label in the answer, highest score first."""
+        return label_targets(self._labels, part, prediction)
 
     def found(self, prediction: Any) -> Iterable[tuple[str, float]]:
         """The most probable label, if one is left over the threshold."""
@@ -111,6 +116,16 @@ def window_mean(part: Part) -> NDArray[np.float64]:
     """
     logits = [output["logits"] for output in part.outputs]
     return finite(logits[0] if len(logits) == 1 else part.weights @ np.stack(logits))
+
+
+def label_targets(labels: Sequence[str], part: Part, prediction: Sequence[Mapping[str, Any]]) -> list[Target]:
+    """The logit of each label of a prediction: the mean of its windows' as in `window_mean`."""
+    weights = [1.0] if len(part.rows) == 1 else part.weights.tolist()
+    places = {label: index for index, label in enumerate(labels)}
+    return [
+        Target(entry, [Term(row, "logits", (places[entry["label"]],), weight) for row, weight in enumerate(weights)])
+        for entry in prediction[:MOST_TARGETS]
+    ]
 
 
 def finite(values: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,6 +1,5 @@
 """Token classification: named entities and their places in a text, as the pipeline of transformers gives them."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from handler.errors import InvalidParameter
-from handler.inputs.text import read_text
+from handler.explain import MOST_TARGETS, Target, Term
+from handler.inputs.text import read_text, special_token
 from handler.inputs.windows import Windowed, WindowInputs
 from handler.parameters import CommonParameters, at_least
 from handler.settings import Settings
@@ -57,7 +57,7 @@ class TokenClassification(EncoderTask):
         self._settings = settings
         self._labels = label_names(config)
         self.labels = list(dict.fromkeys(map(_type, self._labels)))
-        tokenizer, unknown = self.inputs.tokenizer, _unknown_token(model_dir)
+        tokenizer, unknown = self.inputs.tokenizer, special_token(model_dir, "unk_token")
         self._decoder = tokenizer.decoder
         self._marks_subwords = bool(getattr(tokenizer.model, "continuing_subword_prefix", None))
         self._unknown = tokenizer.token_to_id(unknown) if unknown else None
@@ -97,6 +97,33 @@ class TokenClassification(EncoderTask):
         if parameters.aggregation_strategy == "none":
             return [token for token in _surest_tokens(found) if token["entity"] not in ignored]
         return _longest_entities(found)
+
+    def targets(self, part: Part, prediction: list[Entity], parameters: Any) -> list[Target]:
+        """Of each entity, or labelled token, the mean over its tokens of the logit of their most probable label of its
+        type, in the window that has most text around it."""
+        return [self._target(part, entity) for entity in prediction[:MOST_TARGETS]]
+
+    def _target(self, part: Part, entity: Entity) -> Target:
+        group = entity["entity_group"] if "entity_group" in entity else _type(entity["entity"])
+        kinds = [index for index, label in enumerate(self._labels) if group in (label, label.split("-", 1)[-1])]
+        start, end = entity["start"], entity["end"]
+
+        def inside(row: Encoding) -> list[int]:
+            return [at for at in _content(row) if start <= row.offsets[at][0] and row.offsets[at][1] <= end]
+
+        def room(number: int) -> int:
+            positions = inside(part.rows[number])
+            return min(positions[0], len(part.rows[number]) - positions[-1]) if positions else -1
+
+        number = max(range(len(part.rows)), key=lambda number: (len(inside(part.rows[number])), room(number)))
+        logits = part.outputs[number]["logits"]
+        positions = inside(part.rows[number])
+        best = [kinds[int(logits[position, kinds].argmax())] for position in positions]
+        terms = [
+            Term(number, "logits", (position, label), 1 / len(positions))
+            for position, label in zip(positions, best, strict=True)
+        ]
+        return Target(entity, terms)
 
     def found(self, prediction: Any) -> Iterable[tuple[str, float]]:
         """The type of each entity or token that is none of "O"."""
@@ -208,13 +235,6 @@ class TokenClassification(EncoderTask):
 
     def _join(self, words: list[str]) -> str:
         return self._decoder.decode(words) if self._decoder is not None else " ".join(words)
-
-
-def _unknown_token(model_dir: Path) -> str | None:
-    """The unknown token that `tokenizer_config.json` names."""
-    path = model_dir / "tokenizer_config.json"
-    token = json.loads(path.read_text(encoding="utf-8")).get("unk_token") if path.exists() else None
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _content(row: Encoding) -> list[int]:
