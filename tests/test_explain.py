@@ -17,6 +17,7 @@ from test_formats import JSON, rest
 from test_service import context, serve
 from text_models import FAMILIES, converted, labelled, real_texts, write
 
+from benchmarks import explanations
 from handler.engine import Engine
 from handler.errors import InvalidInput, InvalidParameter, NotSupported, Overloaded, RequestError, TooLarge
 from handler.messages import Request, Result
@@ -467,3 +468,51 @@ def test_explanations_are_counted_apart(bundle: Path) -> None:
     totals = service._metrics._waiting
     assert totals["marble_explanations_total",] == 2
     assert sum(value for series, value in totals.items() if series[0] == "marble_predictions_total") == 2
+
+
+# --- The benchmark --------------------------------------------------------------------------------------------------
+
+
+def test_curves_and_their_areas(texts: list[str], models: Callable[[str, str], Path]) -> None:
+    """Of a text all of whose words are shown, and hidden; and of one that an order takes apart."""
+    folder = models("bert", "text-classification")
+    judge, reference = explanations.Judge(folder), Reference(folder, CLASSIFIER)
+    text = max(texts, key=len)[:70]
+    encoding = reference.encode(text)
+    words = reference.words(encoding)
+    order = explanations.at_random(judge, 3)(text)
+    assert sorted(order) == list(range(len(words)))
+    deletion, insertion = judge.curves(text, order)
+    count = round(0.3 * len(words))
+
+    def probability(hidden: Sequence[int]) -> float:
+        whole = reference.model(**encoding).logits.softmax(-1)[0]
+        positions = [position for word in hidden for position in words[word]]
+        return float(reference.model(**reference.hidden(encoding, positions)).logits.softmax(-1)[0, whole.argmax()])
+
+    assert deletion[0] == pytest.approx(probability([]), abs=1e-4)
+    assert deletion[3] == pytest.approx(probability(order[:count]), abs=1e-4)
+    assert insertion[3] == pytest.approx(probability(order[count:]), abs=1e-4)
+    assert deletion[-1] == pytest.approx(insertion[0], abs=1e-6)
+    assert insertion[-1] == pytest.approx(deletion[0], abs=1e-6)
+    assert explanations.area(np.array([np.ones(11), np.linspace(0, 1, 11)])) == pytest.approx([1, 0.5])
+    assert explanations.interval(np.full(20, 0.25)) == (0.25, 0.25)
+
+
+def test_an_explanation_orders_words_by_their_score(texts: list[str], models: Callable[[str, str], Path]) -> None:
+    engine = Engine(models("bert", "text-classification"))
+    found = scores(explained(engine, texts[0], top_k=1)["explanations"][0])
+    order = explanations.explained(engine, "occlusion")(texts[0])
+    assert [found[index] for index in order] == pytest.approx(sorted(found, reverse=True), abs=1e-5)
+
+
+def test_figures_are_those_of_the_results() -> None:
+    results = json.loads(explanations.RESULTS.read_text(encoding="utf-8"))
+    text = explanations.DOCUMENT.read_text(encoding="utf-8")
+    assert explanations.document(results, text) == text
+    assert explanations.targets(results) == [{**target, "met": target["met"]} for target in results["targets"]]
+    worse = json.loads(json.dumps(results))
+    worse["faithfulness"]["ways"]["occlusion, torch fp32"]["deletion"]["interval"] = [-0.1, 0.1]
+    assert [target["met"] for target in explanations.targets(worse)].count(False) == 1 + sum(
+        not target["met"] for target in results["targets"]
+    )
