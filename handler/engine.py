@@ -262,7 +262,10 @@ class Engine:
                 self._integrate(task, explanation)
         for item in items:
             if item.explanation is not None:
-                item.outcome = item.explanation.answer()
+                try:
+                    item.outcome = item.explanation.answer()
+                except RequestError as error:
+                    item.outcome = error
 
     def _integrate(self, task: EncoderTask, explanation: Explanation) -> None:
         """Takes an explanation's integrated gradients; rows of like length go together."""

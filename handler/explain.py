@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from handler.errors import InternalError
 from handler.inputs import Feature, HidableInputs
 from handler.parameters import between
 from handler.tasks import Outputs, Part
@@ -56,9 +57,13 @@ class Target:
     answer: Mapping[str, Any]
     terms: Sequence[Term]
 
+    def of_row(self, row: int) -> list[Term]:
+        """The terms of one row."""
+        return [term for term in self.terms if term.row == row]
+
     def value(self, row: int, outputs: Outputs) -> float:
         """What one row adds to it."""
-        return sum(term.weight * float(outputs[term.output][term.index]) for term in self.terms if term.row == row)
+        return sum(term.weight * float(outputs[term.output][term.index]) for term in self.of_row(row))
 
 
 @runtime_checkable
@@ -117,8 +122,8 @@ class Explanation:
         self.method: Method = parameters.method or "occlusion"
         # Only these rows have anything to do with the answers.
         self._numbers = sorted({term.row for target in self.targets for term in target.terms})
-        self._tokens = sum(len(part.rows[number]) for number in self._numbers)
-        most = max(1, budget // max(1, self._tokens))
+        tokens = sum(len(part.rows[number]) for number in self._numbers)
+        most = max(1, budget // max(1, tokens))
         found = self._inputs.features(part.sample, part.rows, most)
         self.features = {number: found[number] for number in self._numbers}
         self.steps = parameters.steps or max(_FEWEST_STEPS, min(_STEPS, most // max(1, len(self.targets))))
@@ -143,15 +148,17 @@ class Explanation:
     def take_occluded(self, hidden: Hidden, outputs: Outputs) -> None:
         """Takes what the model said of one of them."""
         [feature] = hidden.features
+        whole = self._part.outputs[hidden.number]
         for target, scores in zip(self.targets, self._scores, strict=True):
-            fall = target.value(hidden.number, self._part.outputs[hidden.number])
-            scores.append((feature, fall - target.value(hidden.number, outputs)))
+            if target.of_row(hidden.number):
+                fall = target.value(hidden.number, whole) - target.value(hidden.number, outputs)
+                scores.append((feature, fall))
 
     def paths(self) -> Iterator[Path]:
         """What integrated gradients go along."""
         for place, target in enumerate(self.targets):
             for number, features in self.features.items():
-                if terms := [term for term in target.terms if term.row == number]:
+                if terms := target.of_row(number):
                     row = self._part.rows[number]
                     yield Path(place, row, Hidden(number, features, self._inputs.hide(row, features)), terms)
 
@@ -162,7 +169,9 @@ class Explanation:
         self._deltas[path.place] += delta
 
     def answer(self) -> dict[str, Any]:
-        """The explanation as a JSON value."""
+        """The explanation as a JSON value. Raises InternalError if a number in it is not finite."""
+        if not np.isfinite([score for scores in self._scores for _, score in scores] + self._deltas).all():
+            raise InternalError("the model gave a number that is not finite for a part of the input")
         explanations = []
         for target, scores, delta in zip(self.targets, self._scores, self._deltas, strict=True):
             value = sum(target.value(number, self._part.outputs[number]) for number in self._numbers)

@@ -19,7 +19,15 @@ from text_models import FAMILIES, converted, labelled, real_texts, write
 
 from benchmarks import explanations
 from handler.engine import Engine
-from handler.errors import InvalidInput, InvalidParameter, NotSupported, Overloaded, RequestError, TooLarge
+from handler.errors import (
+    InternalError,
+    InvalidInput,
+    InvalidParameter,
+    NotSupported,
+    Overloaded,
+    RequestError,
+    TooLarge,
+)
 from handler.messages import Request, Result
 from handler.service import Service
 from training import bundle, scratch
@@ -211,7 +219,7 @@ def test_answers_to_questions(family: str, models: Callable[[str, str], Path]) -
             def number(given: Any, begin: int = begin, end: int = end) -> torch.Tensor:
                 return given.start_logits[:, begin] + given.end_logits[:, end]
 
-            assert one["value"] == pytest.approx(float(number(outputs)), abs=1e-4)
+            assert one["value"] == pytest.approx(number(outputs).item(), abs=1e-4)
             assert scores(one) == pytest.approx(reference.occlusion(encoding, number), abs=1e-4)
             expected, _ = reference.gradients(encoding, number)
             assert scores(other) == pytest.approx(expected, abs=1e-5)
@@ -405,6 +413,25 @@ def test_parameters(texts: list[str], models: Callable[[str, str], Path]) -> Non
     assert isinstance(plain, InvalidParameter), "a prediction takes no method"
     steps = Engine(models("bert", "text-classification"), max_explanation_tokens=300)
     assert explained(steps, texts[0], method="integrated_gradients")
+
+
+def test_numbers_that_are_none(texts: list[str], models: Callable[[str, str], Path]) -> None:
+    """Where the model breaks only for a text with a word hidden, that explanation fails and no other does."""
+    engine = Engine(models("bert", "text-classification"))
+    run, mask = engine.backend.run, Reference(models("bert", "text-classification"), CLASSIFIER).neutral()
+    broken = engine.task.inputs.encode([texts[1]])[0].rows[0].ids[1]  # type: ignore[attr-defined]
+
+    def breaks(batches: Any) -> Any:
+        kept = list(batches)
+        for arrays, outputs in zip(kept, run(kept), strict=True):
+            ids = arrays["input_ids"]
+            outputs["logits"][(ids[:, 1] == broken) & (ids == mask).any(axis=1)] = np.nan
+            yield outputs
+
+    engine.backend.run = breaks  # type: ignore[method-assign]
+    good, bad = engine.predict([Request([text], {}, explain=True) for text in texts[:2]])
+    assert isinstance(good, Result)
+    assert isinstance(bad, InternalError)
 
 
 def test_too_much_to_explain(texts: list[str], models: Callable[[str, str], Path]) -> None:
