@@ -1,11 +1,16 @@
 """The docs name what there is: every task, every parameter, every file of tests."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import OFFLINE, ROOT
+from transformers import AutoModelForSequenceClassification
 
 from benchmarks import quality
 from handler import tasks
@@ -35,6 +40,23 @@ def test_every_parameter_is_named(name: str) -> None:
         field.name for field in fields(CommonParameters)
     }
     assert [parameter for parameter in sorted(own) if f"`{parameter}`" not in TEXT] == []
+
+
+def test_drawings(bundle: Path, tmp_path: Path) -> None:
+    """Each program of docs/drawing.md, as it stands there."""
+    text = (ROOT / "docs" / "drawing.md").read_text(encoding="utf-8")
+    programs = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(programs) == 3
+    for program in programs:
+        command = [sys.executable, "-c", program, str(bundle), "The room was cold."]
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, **OFFLINE, "MPLBACKEND": "svg"}, check=True)
+    for name in ("attention.svg", "positions.svg"):
+        assert (tmp_path / name).read_text(encoding="utf-8").count("<image") >= 1
+    graph = (tmp_path / "step.dot").read_text(encoding="utf-8")
+    names = set(re.findall(r'label="([\w.]+)", shape=box', graph))
+    parameters = {name for name, _ in AutoModelForSequenceClassification.from_pretrained(bundle).named_parameters()}
+    assert names == parameters
+    assert "NllLossBackward" in graph
 
 
 def test_the_figures_of_quality_are_those_of_its_results() -> None:
