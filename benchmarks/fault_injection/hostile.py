@@ -16,7 +16,9 @@ from google.protobuf.message import DecodeError
 
 from benchmarks.fault_injection import http2
 from benchmarks.fault_injection.bench import MODEL, Bench, Target
-from benchmarks.fault_injection.mutation import Ask, Call, Source, json_values
+from benchmarks.fault_injection.bodies import json_values
+from benchmarks.fault_injection.grpc_calls import Call, GrpcCalls
+from benchmarks.fault_injection.rest_requests import Ask, RestRequests
 from benchmarks.fault_injection.site import PREDICTIONS, Site, message
 from marble_client.stubs import inference_pb2, open_inference_grpc_pb2
 from marble_client.wire import CANARY, decode_answer, decode_drift
@@ -90,7 +92,8 @@ def hostile(bench: Bench) -> tuple[list[Target], Any]:
         "expired": tokens.add("old", ["predict"], int(time.time()) - 1, site.folder / tokens.FILE),
         "unknown": f"marble_{'0' * 16}_{'A' * 43}",
     }
-    source = Source(SEED, known, json_values(SEED, bench.times(3000, 300)))
+    values = json_values(SEED, bench.times(3000, 300))
+    rest, calls = RestRequests(SEED, known, values), GrpcCalls(SEED, known, values)
     with site:
         before = _processes(site)
         session = site.session()
@@ -101,7 +104,7 @@ def hostile(bench: Bench) -> tuple[list[Target], Any]:
         for first in range(0, count, half):
             numbers = range(first, min(first + half, count))
             at = time.monotonic()
-            asyncio.run(_Attack(site, source, known_answer, record).send(numbers))
+            asyncio.run(_Attack(site, rest, calls, known_answer, record).send(numbers))
             if wrong := _canary(site):
                 canaries_wrong.append({"after": 2 * (numbers[-1] + 1), "what": wrong})
             rounds.append(round(time.monotonic() - at, 2))
@@ -171,7 +174,8 @@ def _canary(site: Site) -> str:
 @dataclass
 class _Attack:
     site: Site
-    source: Source
+    rest: RestRequests
+    calls: GrpcCalls
     known: Any
     record: Record
 
@@ -192,7 +196,7 @@ class _Attack:
     async def _ask(self, numbers: Iterator[int], trusted: ssl.SSLContext) -> None:
         connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         for number in numbers:
-            ask = self.source.ask(number)
+            ask = self.rest.ask(number)
             begun = time.monotonic()
             kept = False
             try:
@@ -244,7 +248,7 @@ class _Attack:
     async def _call(self, numbers: Iterator[int], channel: grpc.aio.Channel) -> None:
         raw: _Raw | None = None
         for number in numbers:
-            call = self.source.call(number)
+            call = self.calls.call(number)
             begun = time.monotonic()
             body = b""
             try:
