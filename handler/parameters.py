@@ -91,6 +91,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return False
 
 
+def described(kind: type[Any]) -> list[tuple[str, str]]:
+    """The names of a dataclass's parameters, each with the values that it takes, in words."""
+    found = []
+    for name, (hint, minimum, maximum) in _allowed(cast(Hashable, kind)).items():
+        least = "" if minimum is None else f", at least {minimum}"
+        most = "" if maximum is None else f", at most {maximum}"
+        found.append((name, _described(hint) + least + most))
+    return found
+
+
 def _described(hint: Any) -> str:
     names = {
         int: "an integer",

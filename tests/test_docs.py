@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from benchmarks import quality
 from handler import tasks
 from handler.parameters import CommonParameters
+from scripts import generate_reference
 from training.tasks import REGISTRY as TRAINED
 
 TEXT = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
@@ -40,6 +41,12 @@ def test_every_parameter_is_named(name: str) -> None:
         field.name for field in fields(CommonParameters)
     }
     assert [parameter for parameter in sorted(own) if f"`{parameter}`" not in TEXT] == []
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    assert generate_reference.DOCUMENT.read_text(encoding="utf-8") == generate_reference.render(), (
+        "run .venv/bin/python -m scripts.generate_reference"
+    )
 
 
 def test_drawings(bundle: Path, tmp_path: Path) -> None:
