@@ -5,15 +5,19 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import OFFLINE, ROOT
+import requests
+from conftest import OFFLINE, ROOT, free_ports
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks import quality
 from handler import tasks
+from handler.engine import Engine
+from handler.messages import Request, Result
 from handler.parameters import CommonParameters
 from scripts import generate_reference
 from training.tasks import REGISTRY as TRAINED
@@ -64,6 +68,36 @@ def test_drawings(bundle: Path, tmp_path: Path) -> None:
     parameters = {name for name, _ in AutoModelForSequenceClassification.from_pretrained(bundle).named_parameters()}
     assert names == parameters
     assert "NllLossBackward" in graph
+
+
+def test_the_engine_without_torchserve(bundle: Path, tmp_path: Path) -> None:
+    """The server of docs/migrate.md, as it stands there, answers as the engine does."""
+    text = (ROOT / "docs" / "migrate.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    [port] = free_ports(1)
+    command = [sys.executable, "-c", program, str(bundle), str(port)]
+    environment = {**os.environ, **OFFLINE, "PYTHONPATH": str(ROOT)}
+    url, body = f"http://127.0.0.1:{port}/", {"inputs": "The room was cold."}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    answer = requests.post(url, json=body, timeout=60)
+                    break
+                except requests.ConnectionError:
+                    assert server.poll() is None
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            [expected] = Engine(bundle).predict([Request([body["inputs"]])])
+            assert isinstance(expected, Result)
+            assert answer.json() == [
+                [{"label": entry["label"], "score": pytest.approx(entry["score"])} for entry in expected.predictions[0]]
+            ]
+            refused = requests.post(url, json={"inputs": 7}, timeout=60)
+            assert (refused.status_code, refused.json()["type"]) == (422, "InvalidInput")
+        finally:
+            server.kill()
 
 
 def test_the_figures_of_quality_are_those_of_its_results() -> None:
