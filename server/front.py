@@ -193,12 +193,16 @@ class State:
         return find_process(self.nginx, self.nginx_created)
 
     def drain(self, seconds: float) -> None:
-        """Closes the door: new connections are refused, requests that came in are answered; then nginx ends.
+        """Closes the door: connections end with an answer, then new ones are refused; then nginx ends.
 
         seconds: after so long it is ended by force.
         """
         process = self.serving()
         if process is not None:
+            # What is on its way now still comes in, and load balancers see that the server is not ready any more.
+            with contextlib.suppress(FileNotFoundError):
+                (Path(self.folder) / "closing").touch()
+            time.sleep(_SECONDS_TO_CLOSE)
             process.send_signal(signal.SIGQUIT)
             _, left = psutil.wait_procs([process], timeout=seconds)
             if left:

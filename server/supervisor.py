@@ -78,7 +78,7 @@ class Supervisor:
         """Closes the door, lets what came in be answered, then ends TorchServe."""
         self._health.draining = True
         self._promise(3600)
-        LOG.info("draining: no new request is taken, those that came in are answered")
+        LOG.info("draining: connections end with an answer, then no new request is taken")
         self._front.drain()
         # A server that was being started is another than the one that is known here.
         (Server.running() or self._server).stop()
