@@ -5,8 +5,8 @@ of the input is in the same unit. There are two ways to it:
 
 occlusion: each part is hidden by itself and the model asked again; a part counts for as much as the number falls. On
 every backend. (Zeiler and Fergus 2014; for texts Li, Monroe and Jurafsky 2016.)
-integrated_gradients: the gradients on the way from an input that is hidden as a whole to the input as it is; what all
-parts count adds up to the difference of the two numbers. On torch. (Sundararajan, Taly and Yan 2017.)
+integrated_gradients: the gradients on the way from an input of mask tokens to the input as it is; what all parts count
+adds up to the difference of the two numbers. On torch. (Sundararajan, Taly and Yan 2017.)
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -111,9 +111,11 @@ class Reference:
                 found.setdefault((field, word), []).append(position)
         return [found[key] for key in sorted(found)]
 
-    def hidden(self, encoding: Any, positions: Sequence[int]) -> Any:
+    def hidden(self, encoding: Any, positions: Sequence[int], *, attended: bool = False) -> Any:
         changed = transformers.BatchEncoding({name: tensor.clone() for name, tensor in encoding.items()})
         changed["input_ids"][0, list(positions)] = self.neutral()
+        if not attended:
+            changed["attention_mask"][0, [position for position in positions if position]] = 0
         return changed
 
     def occlusion(self, encoding: Any, number: Callable[[Any], torch.Tensor]) -> list[float]:
@@ -125,7 +127,7 @@ class Reference:
     def gradients(self, encoding: Any, number: Callable[[Any], torch.Tensor]) -> tuple[list[float], float]:
         """Captum's integrated gradients of each word, and by how much their sum is off."""
         words = self.words(encoding)
-        baseline = self.hidden(encoding, [position for word in words for position in word])
+        baseline = self.hidden(encoding, [position for word in words for position in word], attended=True)
         rest = {name: tensor for name, tensor in encoding.items() if name != "input_ids"}
 
         def forward(ids: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ class HiddenRow:
 
     ids: list[int]
     type_ids: list[int]
+    attention_mask: list[int]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -112,7 +113,7 @@ class TextInputs:
         for index, row in enumerate(rows):
             n = len(row)
             arrays["input_ids"][index, :n] = row.ids
-            arrays["attention_mask"][index, :n] = 1
+            arrays["attention_mask"][index, :n] = row.attention_mask if isinstance(row, HiddenRow) else 1
             if _TYPES in arrays:
                 arrays[_TYPES][index, :n] = row.type_ids
         return arrays
@@ -140,12 +141,17 @@ class TextInputs:
         return features
 
     def hide(self, row: Encoding, features: Sequence[Feature]) -> HiddenRow:
-        """The row with the model's mask token, or one that says as little, for each token of the features."""
-        ids = list(row.ids)
+        """The row with the model's mask token, or one that says as little, for each token of the features.
+
+        No token attends to these, for a mask says something, too: that a word is missing. Where nothing is before the
+        first token, as in GPT-2, it is attended to: a token must attend to one.
+        """
+        ids, mask = list(row.ids), list(row.attention_mask)
         for feature in features:
             for position in feature.place:
                 ids[position] = self._neutral_id
-        return HiddenRow(ids, row.type_ids)
+                mask[position] = 0 if position else 1
+        return HiddenRow(ids, row.type_ids, mask)
 
     def shown(
         self, sample: Text, rows: Sequence[Encoding], attributions: Sequence[tuple[Feature, float]]
