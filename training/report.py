@@ -28,14 +28,9 @@ _HISTOGRAM_BARS = 24
 _THRESHOLDS = np.linspace(0.02, 0.98, 49)
 
 
-def _printable(value: Any) -> Any:
-    return _UNPRINTABLE.sub("\ufffd", value) if type(value) is str else value
-
-
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=lambda name: name is not None and "html" in name,
-    finalize=_printable,
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
@@ -105,7 +100,7 @@ def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str,
         facts=list(_flat({key: value for key, value in provenance.items() if key not in ("versions", "machine")})),
     )
     (stage / "README.md").write_text(card, encoding="utf-8")
-    (stage / "report.html").write_text(page, encoding="utf-8")
+    (stage / "report.html").write_text(_UNPRINTABLE.sub("\ufffd", page), encoding="utf-8")
 
 
 def figures(scores: dict[str, Any]) -> list[str]:
@@ -118,16 +113,16 @@ def _lengths(lengths: Mapping[str, Sequence[int]], limit: int) -> dict[str, dict
     shown = {}
     for split, tokens in lengths.items():
         # A few giants would leave one bar for all others.
-        most = max(int(np.percentile(tokens, 99)), 8)
-        heights, edges = np.histogram(np.minimum(tokens, most), bins=min(_HISTOGRAM_BARS, most), range=(0, most))
-        x = Scale("tokens, the longest hundredth in the last bar", 0, float(most))
-        y = scale("rows", heights.tolist(), zero=True)
-        title = f"{split}: rows by tokens"
-        bars = list(zip(edges[:-1].tolist(), edges[1:].tolist(), heights.tolist(), strict=True))
-        rule = (limit, y.low, limit, y.high) if limit <= most else None
+        most = int(np.percentile(tokens, 99))
+        width = most // _HISTOGRAM_BARS + 1
+        heights = np.bincount(np.minimum(tokens, most) // width).tolist()
+        x = Scale("tokens, the longest hundredth in the last bar", 0, len(heights) * width)
+        y = scale("rows", heights, zero=True)
+        bars = [(number * width, (number + 1) * width, height) for number, height in enumerate(heights)]
+        rule = (limit, y.low, limit, y.high) if limit <= x.high else None
         median, tail, longest = np.percentile(tokens, [50, 95, 100]).astype(int).tolist()
         shown[split] = {
-            "chart": chart(title, x, y, bars=bars, rule=rule),
+            "chart": chart(f"{split}: rows by tokens", x, y, bars=bars, rule=rule),
             "quantiles": {"median": median, "95 of 100 have at most": tail, "longest": longest},
             "over": sum(count > limit for count in tokens),
             "share": sum(count > limit for count in tokens) / len(tokens),
