@@ -62,8 +62,8 @@ def test_repetitions_by_hand() -> None:
     assert found.leaks["train", "validation"].examples == [Row(("RAIN",), "bad")]
     assert found.conflicts == {("A fine day",): {"good": 3, "bad": 1}}
     assert found.sentence() == (
-        "2 rows of train repeat another; 1 rows of validation repeat another; 1 rows of validation are in train; "
-        "2 rows of test are in train; 2 rows of test are in validation; 1 texts have several labels"
+        "2 row(s) of train repeat another; 1 row(s) of validation repeat another; 1 row(s) of validation are in train; "
+        "2 row(s) of test are in train; 2 row(s) of test are in validation; 1 text(s) have several labels"
     )
 
 
@@ -270,7 +270,7 @@ def test_what_the_page_shows(hostile: Path) -> None:
     assert "Leak: 5 of 23 rows of validation are in train too" in page.titles
     assert "Leak: 1 of 10 rows of test are in train too" in page.titles
     assert "Duplicates: 3 of 45 rows of train repeat an earlier one" in page.titles
-    assert "Conflicts: 1 texts have several labels" in page.titles
+    assert "Conflicts: 1 text(s) have several labels" in page.titles
     for entry in load(hostile / "provenance.json")["data"].values():
         assert entry["sha256"] in page.text
     assert len(metrics["training_loss"]) == 10
@@ -310,6 +310,17 @@ def test_a_text_behind_the_last_word_that_is_seen_is_left_out(hostile: Path) -> 
     [mistake] = mistakes.hardest(engine, [example], evaluation.predict(engine, [example]))
     shown = "".join(word.text for word in mistake.texts[0])
     assert re.fullmatch(r"(warm ){40,62}warm …", shown)
+
+
+def test_the_words_of_a_pair_are_in_its_two_texts(hostile: Path) -> None:
+    engine = Engine(hostile)
+    example = {"inputs": {"text": "warm day 1", "text_pair": "warm  night"}, "parameters": {}, "target": "<b>rain</b>"}
+    [mistake] = mistakes.hardest(engine, [example], evaluation.predict(engine, [example]))
+    assert [[word.text for word in words] for words in mistake.texts] == [
+        ["", "warm", " ", "day", " ", "1"],
+        ["", "warm", "  ", "night"],
+    ]
+    assert [word.score is not None for word in mistake.texts[1]] == [False, True, False, True]
 
 
 def test_calibration_in_the_page_is_that_of_the_scores(hostile: Path) -> None:
@@ -402,7 +413,7 @@ def test_the_same_run_gives_the_same_page_but_for_its_seconds(train: Train) -> N
 def test_a_leak_is_said_while_there_is_time_to_stop(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     train(train=weather(20), validation=weather(10, 20), test=weather(4, 19), steps=1)
     said = capsys.readouterr().out
-    assert "the data repeats itself: 1 rows of test are in train; 3 rows of test are in validation; report" in said
+    assert "the data repeats itself: 1 row(s) of test are in train; 3 row(s) of test are in validation; report" in said
     assert said.index("repeats itself") < said.index("from scratch for 1 steps")
 
 
@@ -519,11 +530,16 @@ def test_entities_side_by_side(tmp_path: Path) -> None:
 
 
 def test_what_is_not_compared(pair: tuple[Path, Path], hostile: Path, train: Train, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="different labels"):
+    with pytest.raises(UserError, match="have different labels: just one of them has '<b>rain</b>', 'rain'"):
         compare.compare(pair[0], hostile)
     other = train(train=weather(40), validation=weather(30, 41), steps=1)
     with pytest.raises(UserError, match=r"different validation rows \(29 in both\)"):
         compare.compare(pair[0], other)
+    entities = tmp_path / "entities"
+    shutil.copytree(pair[0], entities)
+    (entities / "metrics.json").write_text(json.dumps({**load(entities / "metrics.json"), "task": compare.TASKS[1]}))
+    with pytest.raises(UserError, match="different tasks: text-classification and token-classification"):
+        compare.compare(pair[0], entities)
     numbers = train(train=[(f"day {i}", i + 0.5) for i in range(20)], steps=1)
     with pytest.raises(UserError, match="a regression is neither right nor wrong"):
         compare.compare(numbers, numbers)

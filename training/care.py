@@ -53,10 +53,10 @@ class Findings:
 
     def sentence(self) -> str:
         """All of it in one line, empty if nothing was found."""
-        said = [f"{finding.rows} rows of {name} repeat another" for name, finding in self.duplicates.items()]
-        said += [f"{finding.rows} rows of {later} are in {first}" for (first, later), finding in self.leaks.items()]
+        said = [f"{finding.rows} row(s) of {name} repeat another" for name, finding in self.duplicates.items()]
+        said += [f"{finding.rows} row(s) of {later} are in {first}" for (first, later), finding in self.leaks.items()]
         if self.conflicts:
-            said.append(f"{len(self.conflicts)} texts have several labels")
+            said.append(f"{len(self.conflicts)} text(s) have several labels")
         return "; ".join(said)
 
 

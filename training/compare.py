@@ -87,18 +87,16 @@ def read(path: Path) -> Side:
 
 def check(one: Side, other: Side) -> None:
     """Raises UserError if two bundles have not the same task, labels and validation rows."""
-    for what in ("task", "labels"):
-        if one.metrics[what] != other.metrics[what]:
-            raise UserError(
-                f"{one.path} and {other.path} have different {what}: {one.metrics[what]} and {other.metrics[what]}; "
-                "compare bundles that answer the same question"
-            )
+    pair = f"{one.path} and {other.path}"
+    if one.metrics["task"] != other.metrics["task"]:
+        raise UserError(f"{pair} are for different tasks: {one.metrics['task']} and {other.metrics['task']}")
+    if unshared := sorted(set(one.metrics["labels"]) ^ set(other.metrics["labels"])):
+        raise UserError(f"{pair} have different labels: just one of them has {', '.join(map(repr, unshared[:_SHOWN]))}")
     ours, theirs = ([json.dumps([row["inputs"], row["target"]]) for row in side.rows] for side in (one, other))
     if sorted(ours) != sorted(theirs):
         shared = len(set(ours) & set(theirs))
         raise UserError(
-            f"{one.path} and {other.path} have different validation rows ({shared} in both); "
-            "train both with the same --validation-file"
+            f"{pair} have different validation rows ({shared} in both); train both with the same --validation-file"
         )
 
 

@@ -120,10 +120,10 @@ def _lengths(lengths: Mapping[str, Sequence[int]], limit: int) -> dict[str, dict
         y = scale("rows", heights, zero=True)
         bars = [(number * width, (number + 1) * width, height) for number, height in enumerate(heights)]
         rule = (limit, y.low, limit, y.high) if limit <= x.high else None
-        median, tail, longest = np.percentile(tokens, [50, 95, 100]).astype(int).tolist()
+        shortest, median, tail, longest = np.percentile(tokens, [0, 50, 95, 100]).astype(int).tolist()
         shown[split] = {
             "chart": chart(f"{split}: rows by tokens", x, y, bars=bars, rule=rule),
-            "quantiles": {"median": median, "95 of 100 have at most": tail, "longest": longest},
+            "quantiles": {"shortest": shortest, "median": median, "95 of 100 have at most": tail, "longest": longest},
             "over": sum(count > limit for count in tokens),
             "share": sum(count > limit for count in tokens) / len(tokens),
         }
