@@ -20,7 +20,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from handler.engine import Engine
 from handler.messages import Request, Result
-from training import base_model, calibration, care, charts, compare, evaluation, mistakes
+from training import base_model, calibration, care, charts, compare, evaluation, mistakes, report
 from training.care import Row
 from training.errors import UserError
 
@@ -138,6 +138,22 @@ def test_a_chart_is_where_its_numbers_are_and_escapes_names() -> None:
     assert "<b>" not in drawn
     assert "<i>" not in drawn
     assert 'aria-label="&lt;b&gt;: y against x; &lt;i&gt; 0 at 0 and 1 at 10; highest 0.5 from 0 to 5"' in drawn
+
+
+def test_learning_curves_have_a_scale_for_each_kind_of_figure() -> None:
+    """A figure that is missing or no number, as of an epoch that diverged, is left out."""
+    epochs = [
+        {"epoch": 1.0, "eval_loss": 5.0, "eval_accuracy": 0.25, "eval_perplexity": 148.4, "eval_runtime": 1.0},
+        {"epoch": 2.0, "eval_loss": float("nan"), "eval_perplexity": float("inf"), "eval_runtime": 1.0},
+        {"epoch": 3.0, "eval_loss": 2.0, "eval_accuracy": 0.5, "eval_perplexity": 7.4, "eval_runtime": 1.0},
+    ]
+    drawn = report.learning_curves(epochs, [{"epoch": 0.5, "loss": 6.0}, {"epoch": 1.5, "loss": 4.0}])
+    assert [re.findall(r'aria-label="([^"]+)"', curve)[0] for curve in drawn] == [
+        "Loss: loss against epoch; training loss 6 at 0.5 and 4 at 1.5; validation loss 5 at 1 and 2 at 3",
+        "Validation metrics: validation metrics against epoch; accuracy 0.25 at 1 and 0.5 at 3",
+        "Perplexity: perplexity against epoch; perplexity 148 at 1 and 7.4 at 3",
+    ]
+    assert report.learning_curves([], []) == []
 
 
 # --- The page --------------------------------------------------------------------------------------------------------

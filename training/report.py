@@ -1,9 +1,10 @@
 """What people read of a training run: the model card, and `report.html`, one file that opens offline."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from handler.engine import Engine
 from handler.tasks.text_classification import TextClassification
 from training import calibration, care, evaluation, mistakes
 from training.calibration import Bin
-from training.charts import Scale, chart, scale
+from training.charts import Points, Scale, chart, scale
 
 # Characters that no HTML may hold, not even escaped.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
@@ -89,7 +90,7 @@ def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str,
         epochs=metrics.get("epochs", []),
         losses=metrics.get("training_loss", []),
         learning=_learning(metrics.get("epochs", [])),
-        curves=_curves(metrics.get("epochs", []), metrics.get("training_loss", [])),
+        curves=learning_curves(metrics.get("epochs", []), metrics.get("training_loss", [])),
         seconds=metrics.get("training_seconds"),
         samples_per_second=metrics.get("training_samples_per_second"),
         matrix=_MATRIX,
@@ -140,19 +141,24 @@ def _learning(epochs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _curves(epochs: Sequence[Mapping[str, Any]], losses: Sequence[Mapping[str, float]]) -> list[Markup]:
-    """The losses in one chart and the metrics of validation in another."""
-    names = _learning(epochs)
-    series = {name: [(entry["epoch"], entry[key]) for entry in epochs] for key, name in names.items()}
-    loss = {"training loss": [(entry["epoch"], entry["loss"]) for entry in losses]}
-    loss["validation loss"] = series.pop("validation loss", [])
+def learning_curves(epochs: Sequence[Mapping[str, Any]], losses: Sequence[Mapping[str, float]]) -> list[Markup]:
+    """The losses in one chart, metrics from 0 to 1 in another, and one for each metric of another scale."""
+    logs = {"training loss": ("loss", losses)} | {name: (key, epochs) for key, name in _learning(epochs).items()}
+    series = {
+        name: [(entry["epoch"], entry[key]) for entry in log if isfinite(entry.get(key, nan))]
+        for name, (key, log) in logs.items()
+    }
+    groups: dict[str, dict[str, Points]] = defaultdict(dict)
+    for name, points in series.items():
+        if points:
+            shares = all(0 <= value <= 1 for _, value in points)
+            group = "Loss" if name.endswith(" loss") else "Validation metrics" if shares else name.capitalize()
+            groups[group][name] = points
     charts = []
-    for title, lines in (("Loss", loss), ("Validation metrics", series)):
-        lines = {name: points for name, points in lines.items() if points}
-        if points := [point for found in lines.values() for point in found]:
-            x = scale("epoch", [epoch for epoch, _ in points], zero=True)
-            y = scale(title.lower(), [value for _, value in points], zero=True)
-            charts.append(chart(title, x, y, lines=lines))
+    for title, lines in groups.items():
+        x = scale("epoch", [epoch for points in lines.values() for epoch, _ in points], zero=True)
+        y = scale(title.lower(), [value for points in lines.values() for _, value in points], zero=True)
+        charts.append(chart(title, x, y, lines=lines))
     return charts
 
 
