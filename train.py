@@ -26,7 +26,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from handler.engine import Engine
-from training import base_model, bundle, evaluation, report, tasks
+from training import base_model, bundle, care, evaluation, report, tasks
 from training.errors import UserError
 from training.interrupts import end_if_interrupted, remembered
 from training.options import Options, TrainerOptions
@@ -52,6 +52,11 @@ def main() -> None:
     arguments.choose_by(splits.metrics or task.metrics)
     counts = {name: task.counts(rows, splits.labels) for name, rows in splits.named().items()}
     describe(speak, splits, counts)
+    compared = {name: task.compared(rows, splits.labels) for name, rows in splits.named().items()}
+    findings = care.examine(compared)
+    if found := findings.sentence():
+        speak(f"the data repeats itself: {found}; report.html shows which")
+    threads = torch.get_num_threads()
 
     model, processor = task.load(base, splits, options)
     settings = task.settings(model, processor, options)
@@ -66,7 +71,7 @@ def main() -> None:
             speak(
                 f"{'training' if base.spec else 'fine-tuning'} {base.name} for {extent}: "
                 f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
-                f"{'bf16' if arguments.bf16 else 'fp32'}, {torch.get_num_threads()} threads, "
+                f"{'bf16' if arguments.bf16 else 'fp32'}, {threads} threads, "
                 + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "options")
             )
             started = time.monotonic()
@@ -76,6 +81,11 @@ def main() -> None:
         settings |= task.learned(trainer, splits, options, settings)
         history = {
             "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+            "training_loss": [
+                {key: entry[key] for key in ("epoch", "step", "loss")}
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ],
             "training_seconds": round(time.monotonic() - started, 1),
             "training_samples_per_second": trained.metrics["train_samples_per_second"],
         }
@@ -95,6 +105,7 @@ def main() -> None:
             # From here on the engine speaks: what is measured and recorded is what will be served.
             engine = Engine(stage)
             golden = bundle.write_golden(stage, engine, task.golden(known, engine.settings.max_length, arguments.seed))
+            predictions = {name: evaluation.predict(engine, rows) for name, rows in examples.items()}
             metrics = {
                 "task": options.task,
                 "primary": splits.primary or task.primary,
@@ -103,8 +114,10 @@ def main() -> None:
                 "rows": {name: len(rows) for name, rows in splits.named().items()},
                 "rows_per_label": counts,
                 "rows_skipped": splits.skipped,
+                "repetitions": findings.counts(),
                 "splits": {
-                    name: evaluation.measure(engine, task, rows, splits.labels) for name, rows in examples.items()
+                    name: task.score(predictions[name], [row["target"] for row in rows], splits.labels)
+                    for name, rows in examples.items()
                 },
                 **history,
             }
@@ -117,9 +130,12 @@ def main() -> None:
                 digests=splits.digests,
                 arguments={**vars(options), **given},
                 command=sys.argv,
+                threads=threads,
             )
             bundle.write_json(stage, "provenance.json", sources)
-            report.write(stage, place.name, metrics, sources, golden)
+            lengths = {name: care.lengths(rows, processor) for name, rows in compared.items() if rows}
+            evidence = report.Evidence(engine, examples, predictions, golden, findings, lengths)
+            report.write(stage, place.name, metrics, sources, evidence)
         shutil.rmtree(checkpoints, ignore_errors=True)
         for name, scores in metrics["splits"].items():
             print(f"{name}: {', '.join(report.figures(scores))} ({scores['rows']} rows)")

@@ -140,10 +140,11 @@ def provenance(
     digests: Mapping[str, str],
     arguments: dict[str, Any],
     command: Sequence[str],
+    threads: int,
 ) -> dict[str, Any]:
     """What went into the bundle: digests of data, base weights and code, versions, seed and arguments.
 
-    digests: those of data that are more than one file.
+    digests: those of data that are more than one file. threads: that torch trained on.
     """
     return {
         "command": list(command),
@@ -158,7 +159,12 @@ def provenance(
         "code": {"commit": _commit(), "sha256": _code_digest()},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
-        "machine": {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count()},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": threads,
+        },
     }
 
 

@@ -56,6 +56,12 @@ def measure(
     return task.score(predict(engine, examples), [example["target"] for example in examples], labels)
 
 
+def score_table(predictions: Sequence[Sequence[Mapping[str, Any]]], labels: Sequence[str]) -> NDArray[np.float64]:
+    """The scores [rows, labels] in predictions that name labels, 0 for a label that is not named."""
+    found = [{entry["label"]: entry["score"] for entry in entries} for entries in predictions]
+    return np.array([[row.get(label, 0.0) for label in labels] for row in found]).reshape(-1, len(labels))
+
+
 def classification_metrics(expected: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
     """Accuracy, macro-F1, the confusion matrix (rows: true label) and precision, recall, F1 and rows per label."""
     return {

@@ -97,6 +97,17 @@ def inputs(rows: Dataset, longest: int) -> list[Any]:
     return [{_TEXT: text, _PAIR: pair[:longest]} for text, pair in zip(texts, rows[_PAIR], strict=True)]
 
 
+def targets(rows: Dataset, labels: Sequence[str]) -> list[Any]:
+    """What is to be learnt of each row that `read` gave: the name of its label, a list of names, or a number."""
+    values: list[Any] = rows[_LABEL][:]
+    kind = problem(rows)
+    if kind == SINGLE:
+        return [labels[label] for label in values]
+    if kind == MULTI:
+        return [[label for label, mark in zip(labels, marks, strict=True) if mark] for marks in values]
+    return values
+
+
 def _columns(found: Sequence[str], path: Path, options: Options) -> dict[str, str]:
     """Standard name → column name in a file of the columns `found`."""
     text, pair, label = options.text_column, options.text_pair_column, options.label_column

@@ -1,11 +1,33 @@
 """What people read of a training run: the model card, and `report.html`, one file that opens offline."""
 
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
+from markupsafe import Markup
 from transformers.pipelines import PIPELINE_REGISTRY
+
+from handler import golden
+from handler.engine import Engine
+from handler.tasks.text_classification import TextClassification
+from training import calibration, care, evaluation, mistakes
+from training.calibration import Bin
+from training.charts import Points, Scale, chart, scale
+
+# Characters that no HTML may hold, not even escaped.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
+# Labels of which a confusion matrix is shown whole, pairs that are shown of a larger one, and curves of thresholds.
+_MATRIX, _PAIRS, _CURVES = 20, 15, 6
+_HISTOGRAM_BARS = 24
+_THRESHOLDS = np.linspace(0.02, 0.98, 49)
+
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -20,7 +42,23 @@ _TEMPLATES = jinja2.Environment(
 _HUB_METRICS = {"macro_f1": "f1"}
 
 
-def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str, Any], golden: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the report shows besides metrics and provenance.
+
+    examples, predictions: by split, those that the metrics are of. golden: examples in the golden set. lengths: tokens
+    of each row by split, {} where that says nothing.
+    """
+
+    engine: Engine
+    examples: Mapping[str, Sequence[Mapping[str, Any]]]
+    predictions: Mapping[str, Sequence[Any]]
+    golden: int
+    findings: care.Findings
+    lengths: Mapping[str, Sequence[int]]
+
+
+def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str, Any], evidence: Evidence) -> None:
     """Writes `README.md` and `report.html` into the bundle."""
     base = provenance["base_model"]["name"]
     scores = list(metrics["splits"].values())
@@ -32,31 +70,68 @@ def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str,
         "base": base,
         "splits": metrics["splits"],
         "columns": [key for key, value in (scores[0] if scores else {}).items() if isinstance(value, float)],
-        "rows": metrics["rows"],
-        "counts": {split: counts for split, counts in metrics["rows_per_label"].items() if counts},
-        "skipped": metrics["rows_skipped"],
-        "epochs": metrics.get("epochs", []),
-        "learning": _learning(metrics.get("epochs", [])),
-        "seconds": metrics.get("training_seconds"),
-        "samples_per_second": metrics.get("training_samples_per_second"),
-        "seed": provenance["arguments"]["seed"],
         "max_length": metrics["settings"].get("max_length"),
         "overflow": metrics["settings"].get("overflow"),
-        "golden": golden,
-        "pipeline": metrics["task"] in PIPELINE_REGISTRY.get_supported_tasks(),
-        "provenance": list(_flat(provenance)),
     }
     balance = ", ".join(f"{label} {count}" for label, count in metrics["rows_per_label"].get("train", {}).items())
     card = _TEMPLATES.get_template("README.md.j2").render(
         **{**facts, "labels": ", ".join(metrics["labels"])},
         metadata=_metadata(name, metrics, provenance),
         balance=balance,
+        pipeline=metrics["task"] in PIPELINE_REGISTRY.get_supported_tasks(),
+    )
+    page = _TEMPLATES.get_template("report.html.j2").render(
+        **facts,
+        rows=metrics["rows"],
+        counts={split: counts for split, counts in metrics["rows_per_label"].items() if counts},
+        skipped=metrics["rows_skipped"],
+        findings=evidence.findings,
+        lengths=_lengths(evidence.lengths, metrics["settings"].get("max_length", 0)),
+        epochs=metrics.get("epochs", []),
+        losses=metrics.get("training_loss", []),
+        learning=_learning(metrics.get("epochs", [])),
+        curves=learning_curves(metrics.get("epochs", []), metrics.get("training_loss", [])),
+        seconds=metrics.get("training_seconds"),
+        samples_per_second=metrics.get("training_samples_per_second"),
+        matrix=_MATRIX,
+        confused={split: _confused(entry) for split, entry in metrics["splits"].items()},
+        **_answers(evidence, metrics["labels"]),
+        golden=_golden(stage, evidence),
+        provenance=provenance,
+        facts=list(_flat({key: value for key, value in provenance.items() if key not in ("versions", "machine")})),
     )
     (stage / "README.md").write_text(card, encoding="utf-8")
-    (stage / "report.html").write_text(_TEMPLATES.get_template("report.html.j2").render(**facts), encoding="utf-8")
+    (stage / "report.html").write_text(_UNPRINTABLE.sub("\ufffd", page), encoding="utf-8")
 
 
-def _learning(epochs: list[dict[str, Any]]) -> dict[str, str]:
+def figures(scores: dict[str, Any]) -> list[str]:
+    """The single figures among metrics, as people read them: "accuracy 0.9120"."""
+    return [f"{key.replace('_', '-')} {value:.4f}" for key, value in scores.items() if isinstance(value, float)]
+
+
+def _lengths(lengths: Mapping[str, Sequence[int]], limit: int) -> dict[str, dict[str, Any]]:
+    """Of each split: a histogram, quantiles, and how many rows are longer than the model's limit."""
+    shown = {}
+    for split, tokens in lengths.items():
+        # A few giants would leave one bar for all others.
+        most = int(np.percentile(tokens, 99))
+        width = most // _HISTOGRAM_BARS + 1
+        heights = np.bincount(np.minimum(tokens, most) // width).tolist()
+        x = Scale("tokens, the longest hundredth in the last bar", 0, len(heights) * width)
+        y = scale("rows", heights, zero=True)
+        bars = [(number * width, (number + 1) * width, height) for number, height in enumerate(heights)]
+        rule = (limit, y.low, limit, y.high) if limit <= x.high else None
+        shortest, median, tail, longest = np.percentile(tokens, [0, 50, 95, 100]).astype(int).tolist()
+        shown[split] = {
+            "chart": chart(f"{split}: rows by tokens", x, y, bars=bars, rule=rule),
+            "quantiles": {"shortest": shortest, "median": median, "95 of 100 have at most": tail, "longest": longest},
+            "over": sum(count > limit for count in tokens),
+            "share": sum(count > limit for count in tokens) / len(tokens),
+        }
+    return shown
+
+
+def _learning(epochs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The figures of the learning curve, by their key in the Trainer's log: validation loss and the task's metrics."""
     keys = [key for key in (epochs[0] if epochs else {}) if key.startswith("eval_") and not key.endswith("_per_second")]
     return {
@@ -66,9 +141,125 @@ def _learning(epochs: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def figures(scores: dict[str, Any]) -> list[str]:
-    """The single figures among metrics, as people read them: "accuracy 0.9120"."""
-    return [f"{key.replace('_', '-')} {value:.4f}" for key, value in scores.items() if isinstance(value, float)]
+def learning_curves(epochs: Sequence[Mapping[str, Any]], losses: Sequence[Mapping[str, float]]) -> list[Markup]:
+    """The losses in one chart, metrics from 0 to 1 in another, and one for each metric of another scale."""
+    logs = {"training loss": ("loss", losses)} | {name: (key, epochs) for key, name in _learning(epochs).items()}
+    series = {
+        name: [(entry["epoch"], entry[key]) for entry in log if isfinite(entry.get(key, nan))]
+        for name, (key, log) in logs.items()
+    }
+    groups: dict[str, dict[str, Points]] = defaultdict(dict)
+    for name, points in series.items():
+        if points:
+            shares = all(0 <= value <= 1 for _, value in points)
+            group = "Loss" if name.endswith(" loss") else "Validation metrics" if shares else name.capitalize()
+            groups[group][name] = points
+    charts = []
+    for title, lines in groups.items():
+        x = scale("epoch", [epoch for points in lines.values() for epoch, _ in points], zero=True)
+        y = scale(title.lower(), [value for points in lines.values() for _, value in points], zero=True)
+        charts.append(chart(title, x, y, lines=lines))
+    return charts
+
+
+def _confused(scores: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """The pairs of labels (true, predicted, rows) that are confused most; [] without a confusion matrix."""
+    labels, matrix = scores.get("labels", []), scores.get("confusion_matrix", [])
+    pairs = [
+        (labels[true], labels[found], count)
+        for true, row in enumerate(matrix)
+        for found, count in enumerate(row)
+        if true != found and count
+    ]
+    return sorted(pairs, key=lambda pair: -pair[2])[:_PAIRS]
+
+
+def _answers(evidence: Evidence, labels: Sequence[str]) -> dict[str, Any]:
+    """What a text classifier's answers show: calibration and the hardest mistakes, or curves of thresholds."""
+    if not isinstance(evidence.engine.task, TextClassification):
+        return {}
+    known = evidence.examples.get("validation", [])
+    if known and isinstance(known[0]["target"], list):
+        return {"thresholds": _thresholds(evidence.engine, known, labels)}
+    # A regression has numbers.
+    asked = {split: rows for split, rows in evidence.examples.items() if isinstance(rows[0]["target"], str)}
+    answers: dict[str, Any] = {"calibration": _calibration(asked, evidence.predictions, labels)}
+    if "validation" in asked:
+        answers["mistakes"] = mistakes.hardest(evidence.engine, known, evidence.predictions["validation"])
+    return answers
+
+
+def _calibration(
+    examples: Mapping[str, Sequence[Mapping[str, Any]]], predictions: Mapping[str, Sequence[Any]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """Of each split a reliability diagram and its error, before and after a temperature that validation gives."""
+    places = {label: index for index, label in enumerate(labels)}
+    tables = {
+        split: (
+            evaluation.score_table(predictions[split], labels),
+            np.array([places[row["target"]] for row in rows]),
+        )
+        for split, rows in examples.items()
+    }
+    temperature = calibration.fit_temperature(*tables["validation"]) if "validation" in tables else None
+    found = {}
+    for split, (scores, targets) in tables.items():
+        bins = calibration.reliability(scores, targets)
+        found[split] = {
+            "accuracy": float((scores.argmax(axis=1) == targets).mean()),
+            "confidence": float(scores.max(axis=1).mean()),
+            "error": calibration.expected_error(bins),
+            "chart": _reliability(split, bins),
+        }
+        if temperature is not None:
+            after = calibration.reliability(calibration.tempered(scores, temperature), targets)
+            found[split]["after"] = calibration.expected_error(after)
+    return {"temperature": temperature, "splits": found}
+
+
+def _reliability(split: str, bins: Sequence[Bin]) -> Markup:
+    return chart(
+        f"{split}: share of right answers by score; on the line, the score is that share",
+        Scale("score of the answer", 0, 1),
+        Scale("right", 0, 1),
+        bars=[(entry.low, entry.high, entry.accuracy) for entry in bins],
+        rule=(0, 0, 1, 1),
+    )
+
+
+def _thresholds(engine: Engine, examples: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[Markup]:
+    """Precision, recall and F1 against the threshold, of the labels with most rows."""
+    asked = [{"inputs": row["inputs"], "parameters": {"overflow": "truncate"}} for row in examples]
+    scores = evaluation.score_table(evaluation.predict(engine, asked), labels)
+    targets = np.array([[label in row["target"] for label in labels] for row in examples])
+    chosen = engine.settings.options.get("thresholds", {})
+    charts = []
+    for label in np.argsort(-targets.sum(axis=0), kind="stable")[:_CURVES]:
+        found, rows = scores[:, label, None] >= _THRESHOLDS, targets[:, label, None]
+        hits, claims, marks = (found & rows).sum(axis=0), found.sum(axis=0), rows.sum()
+        name = labels[label]
+        lines = {
+            # Of no claim at all none is wrong, but it says nothing either.
+            "precision": [(t, h / c) for t, h, c in zip(_THRESHOLDS, hits, claims, strict=True) if c],
+            "recall": [(t, h / marks) for t, h in zip(_THRESHOLDS, hits, strict=True) if marks],
+            "F1": [(t, 2 * h / (c + marks)) for t, h, c in zip(_THRESHOLDS, hits, claims, strict=True) if c + marks],
+        }
+        limit = chosen.get(name, 0.5)
+        title = f"{name}: {marks} rows, threshold {limit:.2f}"
+        axes = (Scale("threshold", 0, 1), Scale("precision, recall and F1", 0, 1))
+        charts.append(chart(title, *axes, lines=lines, rule=(limit, 0, limit, 1)))
+    return charts
+
+
+def _golden(stage: Path, evidence: Evidence) -> dict[str, Any]:
+    """How many golden examples there are, what they answer, and how far an answer may drift."""
+    examples = golden.read(stage / golden.FILE_NAME) if evidence.golden else []
+    found = [label for example in examples for label, _ in evidence.engine.task.found(example["predictions"])]
+    return {
+        "rows": len(examples),
+        "answers": Counter(found).most_common(_PAIRS),
+        "tolerance": evidence.engine.settings.golden_tolerance,
+    }
 
 
 def _metadata(name: str, metrics: dict[str, Any], provenance: dict[str, Any]) -> str:

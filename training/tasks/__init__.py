@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from training.base_model import BaseModel
+from training.care import Row
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 
@@ -78,6 +79,10 @@ class TrainingTask(ABC):
     def counts(self, rows: Dataset, labels: Sequence[str]) -> dict[str, int]:
         """Rows (or entities) per label, in label order; {} where that says nothing."""
         return {}
+
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+        """Rows as `care` compares them; [] where they are no texts, or one text that is cut anywhere."""
+        return []
 
     @abstractmethod
     def load(self, base: BaseModel, splits: Splits, options: Options) -> tuple[Any, Any]:

@@ -30,6 +30,7 @@ from transformers import (
 
 from training import data, models, trainer
 from training.base_model import BaseModel
+from training.care import Row
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
@@ -70,6 +71,10 @@ class QuestionAnswering(TrainingTask):
         if train is not None and validation is None:
             train, validation = _split(train, options.validation_share, seed, Path(str(options.train_file)))
         return Splits(train, validation, splits.get("test"), [], skipped)
+
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+        """A question and its context. Several answers may be right."""
+        return [Row(pair) for pair in zip(rows["question"], rows["context"], strict=True)]
 
     def load(
         self, base: BaseModel, splits: Splits, options: Options

@@ -21,6 +21,7 @@ from transformers import (
 
 from training import data, models, trainer
 from training.base_model import BaseModel
+from training.care import Row
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
@@ -72,6 +73,10 @@ class SequenceToSequence(TrainingTask):
             f"{path}: the columns {', '.join(map(repr, rows.column_names))} are not the usual ones ({known}); "
             "name yours with --text-column and --target-column"
         )
+
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+        """The text alone, without a prefix. Several answers may be right."""
+        return [Row((text,)) for text in rows["text"]]
 
     def load(
         self, base: BaseModel, splits: Splits, options: Options

@@ -20,6 +20,7 @@ from transformers import (
 from handler.tasks.text_classification import activate
 from training import data, evaluation, labelled_texts, models, trainer
 from training.base_model import BaseModel
+from training.care import Row
 from training.errors import UserError
 from training.labelled_texts import MULTI, REGRESSION, SINGLE
 from training.options import Options, TrainerOptions
@@ -52,6 +53,15 @@ class TextClassification(TrainingTask):
         if kind == MULTI:
             return dict(zip(labels, np.sum(rows["label"][:], axis=0).astype(int).tolist(), strict=True))
         return data.balance(rows) if kind == SINGLE else {}
+
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+        """A text or pair, and its label, its labels or its number."""
+        targets = labelled_texts.targets(rows, labels)
+        texts = zip(*(rows[name] for name in labelled_texts.text_columns(rows)), strict=True)
+        return [
+            Row(text, ", ".join(target) if isinstance(target, list) else str(target))
+            for text, target in zip(texts, targets, strict=True)
+        ]
 
     def load(
         self, base: BaseModel, splits: Splits, options: Options
@@ -135,17 +145,13 @@ class TextClassification(TrainingTask):
 
     def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
         """A text or pair, and the name of its label, a list of names, or a number."""
-        kind = labelled_texts.problem(rows)
-        targets: list[Any] = rows["label"][:]
         parameters: dict[str, Any] = {"overflow": "truncate"}
-        if kind == SINGLE:
-            targets = [labels[label] for label in targets]
-        elif kind == MULTI:
-            targets = [[label for label, mark in zip(labels, marks, strict=True) if mark] for marks in targets]
+        if labelled_texts.problem(rows) == MULTI:
             parameters["threshold"] = "learned"
+        inputs, targets = labelled_texts.inputs(rows, _LONGEST_EXAMPLE), labelled_texts.targets(rows, labels)
         return [
             {"inputs": value, "parameters": parameters, "target": target}
-            for value, target in zip(labelled_texts.inputs(rows, _LONGEST_EXAMPLE), targets, strict=True)
+            for value, target in zip(inputs, targets, strict=True)
         ]
 
     def golden(self, examples: Sequence[Mapping[str, Any]], max_length: int, seed: int) -> list[dict[str, Any]]:

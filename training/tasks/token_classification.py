@@ -28,6 +28,7 @@ from transformers import (
 
 from training import data, models, trainer
 from training.base_model import BaseModel
+from training.care import Row
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
@@ -77,6 +78,12 @@ class TokenClassification(TrainingTask):
         """Entities of each type."""
         found = Counter(tag[2:] for tags in rows["tags"] for tag in tags if tag.startswith("B-"))
         return {label[2:]: found[label[2:]] for label in labels if label.startswith("B-")}
+
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+        """Tokens joined by a space, and their tags."""
+        return [
+            Row((" ".join(tokens),), " ".join(tags)) for tokens, tags in zip(rows["tokens"], rows["tags"], strict=True)
+        ]
 
     def load(
         self, base: BaseModel, splits: Splits, options: Options
