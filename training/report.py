@@ -183,16 +183,23 @@ def _answers(evidence: Evidence, labels: Sequence[str]) -> dict[str, Any]:
         return {"thresholds": _thresholds(evidence.engine, known, labels)}
     # A regression has numbers.
     asked = {split: rows for split, rows in evidence.examples.items() if isinstance(rows[0]["target"], str)}
-    answers: dict[str, Any] = {"calibration": _calibration(asked, evidence.predictions, labels)}
+    applied = evidence.engine.settings.options.get("temperature")
+    answers: dict[str, Any] = {"calibration": _calibration(asked, evidence.predictions, labels, applied)}
     if "validation" in asked:
         answers["mistakes"] = mistakes.hardest(evidence.engine, known, evidence.predictions["validation"])
     return answers
 
 
 def _calibration(
-    examples: Mapping[str, Sequence[Mapping[str, Any]]], predictions: Mapping[str, Sequence[Any]], labels: Sequence[str]
+    examples: Mapping[str, Sequence[Mapping[str, Any]]],
+    predictions: Mapping[str, Sequence[Any]],
+    labels: Sequence[str],
+    applied: float | None,
 ) -> dict[str, Any]:
-    """Of each split a reliability diagram and its error, before and after a temperature that validation gives."""
+    """Of each split a reliability diagram and its error; the error, too, without the model's temperature, or with one.
+
+    temperature: the one that training has applied; of a model that has none, what validation gives.
+    """
     places = {label: index for index, label in enumerate(labels)}
     tables = {
         split: (
@@ -201,7 +208,9 @@ def _calibration(
         )
         for split, rows in examples.items()
     }
-    temperature = calibration.fit_temperature(*tables["validation"]) if "validation" in tables else None
+    temperature = applied
+    if temperature is None and "validation" in tables:
+        temperature = calibration.fit_temperature(*tables["validation"])
     found = {}
     for split, (scores, targets) in tables.items():
         bins = calibration.reliability(scores, targets)
@@ -212,9 +221,9 @@ def _calibration(
             "chart": _reliability(split, bins),
         }
         if temperature is not None:
-            after = calibration.reliability(calibration.tempered(scores, temperature), targets)
-            found[split]["after"] = calibration.expected_error(after)
-    return {"temperature": temperature, "splits": found}
+            other = calibration.tempered(scores, temperature if applied is None else 1 / applied)
+            found[split]["other"] = calibration.expected_error(calibration.reliability(other, targets))
+    return {"temperature": temperature, "applied": applied is not None, "splits": found}
 
 
 def _reliability(split: str, bins: Sequence[Bin]) -> Markup:

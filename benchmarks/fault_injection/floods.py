@@ -8,7 +8,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -24,20 +24,22 @@ _ROUTE = f"/predictions/{MODEL}".encode()
 _STREAMS_AT_ONCE = 50
 _MOST_STREAMS = 200_000  # on one connection, before it counts as never ended
 _SECONDS_TO_END = 20
-# Of a few kB each; more than a client may ask for at once would be refused with a short answer.
-_LARGE_ANSWERS = 450
+# Of a few kB each: together more than Linux buffers for a connection (4 MB), so that the server has to wait.
+# Asked for in portions, a second apart: more than a client may ask for at once is refused with a short answer.
+_LARGE_ANSWERS, _PORTIONS = 700, 4
 # The answers of one such client are work for the server, of those who send nothing none.
 _UNREAD_SHARE = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """What such a client knows: the ports, the certificate, and a token or none."""
+    """What such clients know: the ports, the certificate, a token or none, and one of another client."""
 
     rest: int
     grpc: int
     certificate: Path
     token: str
+    other_token: str = ""
 
 
 class Attacker:
@@ -129,11 +131,14 @@ def _round(connection: http2.Connection, begun: float, **what: object) -> dict[s
 
 @dataclass(slots=True)
 class _Slow:
+    """A slow client. drip: what it sends little by little, `drop` bytes a second."""
+
     kind: str
     socket: socket.socket
     since: float
     frames: http2.Frames | None = None
     drip: bytes = b""
+    drop: int = 1
     ended: float | None = None
 
 
@@ -146,9 +151,17 @@ def slow(door: Door, count: int) -> list[tuple[str, float | None]]:
     clients = [make(door) for make in islice(cycle(_SLOW.values()), count - unread)]
     for _ in range(unread):
         clients.append(_unread(door))
-        time.sleep(0.5)  # in which its next requests are allowed
+        _watch(clients, _PORTIONS)
+    _watch(clients, 4 * _SECONDS_TO_END)
+    for client in clients:
+        client.socket.close()
+    return [(c.kind, None if c.ended is None else round(c.ended - c.since, 2)) for c in clients]
+
+
+def _watch(clients: Sequence[_Slow], seconds: float) -> None:
+    """Notes when clients are closed, until all are or the time is over; those that drip go on with it."""
     begun = dripped = time.monotonic()
-    while time.monotonic() < begun + 4 * _SECONDS_TO_END and any(client.ended is None for client in clients):
+    while time.monotonic() < begun + seconds and any(client.ended is None for client in clients):
         time.sleep(0.05)
         drips = time.monotonic() - dripped > 1
         for client in clients:
@@ -159,9 +172,6 @@ def slow(door: Door, count: int) -> list[tuple[str, float | None]]:
                     client.ended = time.monotonic()
         if drips:
             dripped = time.monotonic()
-    for client in clients:
-        client.socket.close()
-    return [(c.kind, None if c.ended is None else round(c.ended - c.since, 2)) for c in clients]
 
 
 def trickle(door: Door, count: int, seconds: float) -> dict[str, int]:
@@ -183,10 +193,10 @@ def trickle(door: Door, count: int, seconds: float) -> dict[str, int]:
 
 def _drip(client: _Slow) -> None:
     try:
-        client.socket.send(client.drip[:1])
+        client.socket.send(client.drip[: client.drop])
     except OSError:
-        return  # it has been closed, which _over sees
-    client.drip = client.drip[1:] or client.drip
+        return  # it has been closed, which _over sees, or nobody reads it
+    client.drip = client.drip[client.drop :]
 
 
 def _over(client: _Slow) -> bool:
@@ -233,11 +243,17 @@ def _http1(door: Door, kind: str, content: bytes, drip: bytes = b"") -> _Slow:
 
 
 def _unread(door: Door) -> _Slow:
-    """Asks for more than the buffers of both sides hold, and takes none of it."""
+    """Asks for more than the buffers of both sides hold, and takes none of it.
+
+    As another client: the first one has as many requests in flight already as it may.
+    """
     connection = http2.connect(door.rest, door.certificate, receive_buffer=4096)
-    request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % door.token.encode()
-    connection.sendall(request * _LARGE_ANSWERS)
-    return _Slow("answers not taken", connection, time.monotonic())
+    request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % door.other_token.encode()
+    portion = request * _LARGE_ANSWERS
+    connection.sendall(portion)
+    connection.settimeout(0.01)
+    begun = time.monotonic()
+    return _Slow("answers not taken", connection, begun, drip=portion * (_PORTIONS - 1), drop=len(portion))
 
 
 def _http2(port: int, door: Door, kind: str, content: bytes, first: bytes | None = None) -> _Slow:

@@ -32,9 +32,9 @@ def protocol(bench: Bench) -> tuple[list[Target], Any]:
         Target("9b", "next requests of others answered wrongly", probes_wrong, "0", probes_wrong == 0),
     ]
     site = bench.site("floods", (MODEL,), **_LIMITS)
-    attacker = tokens.add("attacker", ["predict", "metrics"], None, site.folder / tokens.FILE)
+    attacker, other = (tokens.add(name, ["predict", "metrics"], None, site.folder / tokens.FILE) for name in ("a", "b"))
     with site, Attacker() as process:
-        nobody, client = (Door(site.rest, site.grpc, site.certificate, token) for token in ("", attacker))
+        nobody, client = (Door(site.rest, site.grpc, site.certificate, token, other) for token in ("", attacker))
         seconds = bench.times(30, 6)
         floods: dict[str, tuple[Callable[..., Any], Door, float]] = {
             # These first: floods make long logs, and when a log begins anew nginx ends idle connections.

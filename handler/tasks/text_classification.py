@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from handler.errors import InternalError, InvalidInput, InvalidParameter
 from handler.explain import MOST_TARGETS, Target, Term
 from handler.inputs.text import Text, TextInputs, read_text
-from handler.parameters import CommonParameters, at_least
+from handler.parameters import CommonParameters, at_least, between
 from handler.settings import Settings
 from handler.tasks import EncoderTask, Part, largest_difference
 
@@ -24,17 +24,20 @@ class TextClassificationParameters(CommonParameters):
 
     threshold: keep the labels with at least this score; "learned", for a model of several labels: each by the threshold
     that training found for it, or 0.5. Absent, all labels are answered, as the pipeline of transformers does.
+    temperature: the logits are divided by it instead of by what training found to make scores probabilities; 1: raw.
     """
 
     top_k: int | None = at_least(1)
     function_to_apply: Activation | None = None
     threshold: Literal["learned"] | float | None = None
+    temperature: float | None = between(0.01, 100)
 
 
 class TextClassification(EncoderTask):
     """Activation follows the model: softmax for single-label, sigmoid for multi-label, none for regression.
 
-    Options of the archive: `thresholds`, a score by label; multi-label training writes it.
+    Options of the archive: `thresholds`, a score by label; multi-label training writes it. `temperature`: what training
+    has divided the head's weights by, so that the scores of a single label are probabilities.
     """
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -47,12 +50,15 @@ class TextClassification(EncoderTask):
         self._activation = own_activation(config)
         self.labels = () if self._activation == "none" else self._labels
         usual = dict.fromkeys(self._labels, 0.5) if self._activation == "sigmoid" else None
+        self._temperature = float(settings.options.get("temperature", 1.0))
         self._thresholds = _thresholds(settings.options.get("thresholds", usual), self._labels)
 
     def read(self, value: Any, parameters: Any) -> Sequence[Text]:
         """A string, `{"text": …}`, or a pair `{"text": …, "text_pair": …}`."""
         if parameters.threshold == "learned" and self._thresholds is None:
             raise InvalidParameter('this model has no thresholds of its own; send a number as "threshold"')
+        if parameters.temperature is not None and self._activation != "softmax":
+            raise InvalidParameter("a temperature is for the scores of a single label, which this model does not give")
         expected = 'a string, {"text": string} or {"text": string, "text_pair": string}'
         if not isinstance(value, dict):
             return [read_text(value, expected)]
@@ -65,7 +71,10 @@ class TextClassification(EncoderTask):
     def postprocess(self, parts: Sequence[Part], parameters: Any) -> list[dict[str, Any]]:
         """Scores of the labels, highest first."""
         [part] = parts
-        scores = activate(window_mean(part), parameters.function_to_apply or self._activation).tolist()
+        logits = window_mean(part)
+        if parameters.temperature is not None:
+            logits = logits * (self._temperature / parameters.temperature)
+        scores = activate(logits, parameters.function_to_apply or self._activation).tolist()
         limits = self._limits(parameters.threshold)
         chosen = [index for index, score in enumerate(scores) if limits is None or score >= limits[index]]
         order = sorted(chosen, key=scores.__getitem__, reverse=True)[: parameters.top_k]

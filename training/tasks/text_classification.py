@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
+from scipy.special import softmax
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from handler.tasks.text_classification import activate
-from training import data, evaluation, labelled_texts, models, trainer
+from training import calibration, data, evaluation, labelled_texts, models, trainer
 from training.base_model import BaseModel
 from training.care import Row
 from training.errors import UserError
@@ -129,17 +130,23 @@ class TextClassification(TrainingTask):
     def learned(
         self, trainer: Trainer, splits: Splits, options: Options, settings: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The thresholds of several labels. A regression's head is brought to the scale of the data."""
+        """The thresholds of several labels; the temperature of one label, by which the head's weights are divided.
+
+        A regression's head is brought to the scale of the data.
+        """
         assert splits.train is not None
-        kind = labelled_texts.problem(splits.train)
+        kind, head = labelled_texts.problem(splits.train), _head(trainer.model)
         if kind == REGRESSION:
-            head = _head(trainer.model)
             mean, deviation = _scale(splits.train, head)
             _rescale(head, deviation, mean)
-        if kind != MULTI:
             return {}
         found = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
-        scores = activate(np.asarray(found.predictions, dtype=np.float64), "sigmoid")
+        logits = np.asarray(found.predictions, dtype=np.float64)
+        if kind == SINGLE:
+            temperature = round(calibration.fit_temperature(softmax(logits, axis=1), np.asarray(found.label_ids)), 4)
+            _rescale(head, 1 / temperature, 0.0)
+            return {"options": {"temperature": temperature}}
+        scores = activate(logits, "sigmoid")
         thresholds = evaluation.best_thresholds(scores, np.asarray(found.label_ids))
         return {"options": {"thresholds": dict(zip(splits.labels, thresholds, strict=True))}}
 
@@ -176,7 +183,12 @@ class TextClassification(TrainingTask):
             return evaluation.multi_label_metrics(targets, found, labels)
         if isinstance(targets[0], float):
             return evaluation.regression_metrics(targets, [entries[0]["score"] for entries in predictions])
-        return evaluation.classification_metrics(targets, [entries[0]["label"] for entries in predictions], labels)
+        metrics = evaluation.classification_metrics(targets, [entries[0]["label"] for entries in predictions], labels)
+        places = {label: index for index, label in enumerate(labels)}
+        bins = calibration.reliability(
+            evaluation.score_table(predictions, labels), np.array([places[target] for target in targets])
+        )
+        return metrics | {"ece": calibration.expected_error(bins)}
 
 
 def _multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
