@@ -125,7 +125,9 @@ def test_ticks_are_round_and_inside() -> None:
     assert charts.Scale("", 0, 1).ticks() == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert charts.Scale("", 0, 243).ticks() == [0, 50, 100, 150, 200]
     assert charts.Scale("", -0.031, 0.02).ticks() == [-0.02, 0, 0.02]
-    assert charts.scale("", [3.0, 3.0]).ticks() == [3, 3.2, 3.4, 3.6, 3.8, 4]
+    assert charts.scale("", [3.0]).ticks() == [0, 1, 2, 3]
+    assert charts.scale("", [0.0, 0.0]).ticks() == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert charts.scale("", [-2.0, -1.0]) == charts.Scale("", -2, 0)
 
 
 def test_a_chart_is_where_its_numbers_are_and_escapes_names() -> None:
