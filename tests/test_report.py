@@ -125,7 +125,9 @@ def test_ticks_are_round_and_inside() -> None:
     assert charts.Scale("", 0, 1).ticks() == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert charts.Scale("", 0, 243).ticks() == [0, 50, 100, 150, 200]
     assert charts.Scale("", -0.031, 0.02).ticks() == [-0.02, 0, 0.02]
-    assert charts.scale("", [3.0, 3.0]).ticks() == [3, 3.2, 3.4, 3.6, 3.8, 4]
+    assert charts.scale("", [3.0]).ticks() == [0, 1, 2, 3]
+    assert charts.scale("", [0.0, 0.0]).ticks() == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert charts.scale("", [-2.0, -1.0]) == charts.Scale("", -2, 0)
 
 
 def test_a_chart_is_where_its_numbers_are_and_escapes_names() -> None:
@@ -229,7 +231,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
             path.write_text("".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in rows))
             files += [f"--{name}-file", path]
         given = ("--from-scratch", SPEC, "--max-steps", steps, "--learning-rate", 1e-2, "--bf16", "false")
-        train_here(*files, "--output-dir", folder / "bundle", *given, *(options or NO_CHECKPOINTS))
+        small = ("--per-device-train-batch-size", 8, "--output-dir", folder / "bundle")
+        train_here(*files, *given, *small, *(options or NO_CHECKPOINTS))
         return folder / "bundle"
 
     return run
@@ -244,9 +247,9 @@ def weather(count: int, start: int = 0) -> list[tuple[str, str]]:
 def hostile(train: Train) -> Path:
     """Trained on texts and labels that a careless page would obey; a few validation labels are wrong on purpose."""
     swapped = [(f"warm {HOSTILE} {i}", "<b>rain</b>") for i in range(3)]
-    tame = [(text, "<b>rain</b>" if label == "rain" else label) for text, label in weather(40)]
+    tame = [(text, "<b>rain</b>" if label == "rain" else label) for text, label in weather(120)]
     return train(
-        *("--num-train-epochs", 10, "--per-device-train-batch-size", 6),
+        *("--num-train-epochs", 8),
         steps=-1,
         train=[
             *tame,
@@ -255,8 +258,8 @@ def hostile(train: Train) -> Path:
             (f"warm {HOSTILE}", "sun"),
             (f"cold {HOSTILE}", tame[1][1]),
         ],
-        validation=[*tame[:5], *[(t, "<b>rain</b>" if x == "rain" else x) for t, x in weather(15, 50)], *swapped],
-        test=[(text, "<b>rain</b>" if label == "rain" else label) for text, label in weather(10, 39)],
+        validation=[*tame[:5], *[(t, "<b>rain</b>" if x == "rain" else x) for t, x in weather(15, 130)], *swapped],
+        test=[(text, "<b>rain</b>" if label == "rain" else label) for text, label in weather(10, 119)],
     )
 
 
@@ -285,11 +288,11 @@ def test_what_the_page_shows(hostile: Path) -> None:
     }
     assert "Leak: 5 of 23 rows of validation are in train too" in page.titles
     assert "Leak: 1 of 10 rows of test are in train too" in page.titles
-    assert "Duplicates: 3 of 45 rows of train repeat an earlier one" in page.titles
+    assert "Duplicates: 3 of 125 rows of train repeat an earlier one" in page.titles
     assert "Conflicts: 1 text(s) have several labels" in page.titles
     for entry in load(hostile / "provenance.json")["data"].values():
         assert entry["sha256"] in page.text
-    assert len(metrics["training_loss"]) == 10
+    assert len(metrics["training_loss"]) == 8
     assert metrics["training_loss"][0].keys() == {"epoch", "step", "loss"}
     assert load(hostile / "provenance.json")["machine"]["threads"] == 1
 
@@ -491,8 +494,8 @@ def test_the_bootstrap_holds_what_is_there() -> None:
 @pytest.fixture(scope="module")
 def pair(train: Train) -> tuple[Path, Path]:
     """A model of one step and one that has learnt, with the same splits."""
-    splits = {"train": weather(40), "validation": weather(30, 40), "test": weather(10, 70)}
-    return train(**splits, steps=1), train(**splits, steps=40)
+    splits = {"train": weather(120), "validation": weather(30, 120), "test": weather(10, 150)}
+    return train(**splits, steps=1), train(**splits, steps=80)
 
 
 def test_two_classifiers_side_by_side(pair: tuple[Path, Path]) -> None:
@@ -548,7 +551,7 @@ def test_entities_side_by_side(tmp_path: Path) -> None:
 def test_what_is_not_compared(pair: tuple[Path, Path], hostile: Path, train: Train, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="have different labels: just one of them has '<b>rain</b>', 'rain'"):
         compare.compare(pair[0], hostile)
-    other = train(train=weather(40), validation=weather(30, 41), steps=1)
+    other = train(train=weather(120), validation=weather(30, 121), steps=1)
     with pytest.raises(UserError, match=r"different validation rows \(29 in both\)"):
         compare.compare(pair[0], other)
     entities = tmp_path / "entities"
@@ -580,7 +583,7 @@ def test_rows_in_another_order_are_the_same_rows(pair: tuple[Path, Path], tmp_pa
 
 
 def test_nothing_that_a_terminal_obeys_is_printed(train: Train) -> None:
-    rows = [(f"{('warm', 'cold')[i % 2]} \x1b[2J\nday {i}", "sun\x1b[1m" if i % 2 else "rain") for i in range(30)]
-    text = compare.compare(*(train(train=rows[:20], validation=rows[20:], steps=steps) for steps in (1, 30)))
+    rows = [(f"{('warm', 'cold')[i % 2]} \x1b[2J\nday {i}", "sun\x1b[1m" if i % 2 else "rain") for i in range(140)]
+    text = compare.compare(*(train(train=rows[:120], validation=rows[120:], steps=steps) for steps in (1, 80)))
     assert all(line.isprintable() for line in text.split("\n"))
     assert "\ufffd[2J day" in text

@@ -65,6 +65,7 @@ def examine(splits: Mapping[str, Sequence[Row]]) -> Findings:
     keys = {name: [normalised(row) for row in rows] for name, rows in splits.items()}
     duplicates, leaks = {}, {}
     for name, rows in splits.items():
+        # In a dict the last entry of a key stays, and here that is its first place.
         firsts = {key: place for place, key in reversed(list(enumerate(keys[name])))}
         again = [row for place, (row, key) in enumerate(zip(rows, keys[name], strict=True)) if firsts[key] < place]
         if again:

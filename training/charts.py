@@ -34,10 +34,10 @@ class Scale:
         return [round(number * step, 10) for number in range(first, int(self.high / step + 1e-9) + 1)]
 
 
-def scale(title: str, values: Sequence[float], *, zero: bool = False) -> Scale:
-    """An axis on which all values find room, and zero if asked for."""
-    low, high = min([*values, *([0.0] if zero else [])]), max(values)
-    return Scale(title, low, high if high > low else low + 1)
+def scale(title: str, values: Sequence[float]) -> Scale:
+    """An axis on which zero and all values find room."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    return Scale(title, low, high if high > low else 1.0)
 
 
 def chart(

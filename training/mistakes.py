@@ -51,19 +51,17 @@ def hardest(engine: Engine, examples: Sequence[Mapping[str, Any]], predictions: 
 
 
 def _explained(engine: Engine, example: Mapping[str, Any], prediction: Sequence[Mapping[str, Any]]) -> Mistake:
-    [outcome] = engine.predict([Request([example["inputs"]], {**example["parameters"], "top_k": 1}, explain=True)])
+    given, target, answer = example["inputs"], example["target"], prediction[0]
+    [outcome] = engine.predict([Request([given], example["parameters"], explain=True)])
     if isinstance(outcome, RequestError):
         raise outcome
-    [found] = outcome.predictions[0]["explanations"]  # type: ignore[index]  # an error would be the whole outcome
-    given = example["inputs"]
+    explanations = outcome.predictions[0]["explanations"]  # type: ignore[index]  # an error would be the whole outcome
+    # Not just the first: of two labels as good as even the other may come first when it is asked again, by itself.
+    [found] = [entry["attributions"] for entry in explanations if entry["label"] == answer["label"]]
     texts = [given] if isinstance(given, str) else [given["text"], given["text_pair"]]
-    words = [
-        _words(text, [word for word in found["attributions"] if word.get("text", 0) == place])
-        for place, text in enumerate(texts)
-    ]
+    words = [_words(text, [word for word in found if word.get("text", 0) == place]) for place, text in enumerate(texts)]
     scores = {entry["label"]: entry["score"] for entry in prediction}
-    answer = prediction[0]
-    return Mistake(words, example["target"], scores[example["target"]], answer["label"], answer["score"])
+    return Mistake(words, target, scores[target], answer["label"], answer["score"])
 
 
 def _words(text: str, attributions: Sequence[Mapping[str, Any]]) -> list[Word]:

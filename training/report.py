@@ -86,6 +86,7 @@ def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str,
         counts={split: counts for split, counts in metrics["rows_per_label"].items() if counts},
         skipped=metrics["rows_skipped"],
         findings=evidence.findings,
+        shown=care.SHOWN,
         lengths=_lengths(evidence.lengths, metrics["settings"].get("max_length", 0)),
         epochs=metrics.get("epochs", []),
         losses=metrics.get("training_loss", []),
@@ -118,7 +119,7 @@ def _lengths(lengths: Mapping[str, Sequence[int]], limit: int) -> dict[str, dict
         width = most // _HISTOGRAM_BARS + 1
         heights = np.bincount(np.minimum(tokens, most) // width).tolist()
         x = Scale("tokens, the longest hundredth in the last bar", 0, len(heights) * width)
-        y = scale("rows", heights, zero=True)
+        y = scale("rows", heights)
         bars = [(number * width, (number + 1) * width, height) for number, height in enumerate(heights)]
         rule = (limit, y.low, limit, y.high) if limit <= x.high else None
         shortest, median, tail, longest = np.percentile(tokens, [0, 50, 95, 100]).astype(int).tolist()
@@ -156,8 +157,8 @@ def learning_curves(epochs: Sequence[Mapping[str, Any]], losses: Sequence[Mappin
             groups[group][name] = points
     charts = []
     for title, lines in groups.items():
-        x = scale("epoch", [epoch for points in lines.values() for epoch, _ in points], zero=True)
-        y = scale(title.lower(), [value for points in lines.values() for _, value in points], zero=True)
+        x = scale("epoch", [epoch for points in lines.values() for epoch, _ in points])
+        y = scale(title.lower(), [value for points in lines.values() for _, value in points])
         charts.append(chart(title, x, y, lines=lines))
     return charts
 
