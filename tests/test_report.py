@@ -348,12 +348,16 @@ def test_calibration_in_the_page_is_that_of_the_scores(hostile: Path) -> None:
     scores = evaluation.score_table(evaluation.predict(engine, rows), labels)
     targets = np.array([labels.index(row["target"]) for row in rows])
     error = calibration.expected_error(calibration.reliability(scores, targets))
-    temperature = calibration.fit_temperature(scores, targets)
-    after = calibration.expected_error(calibration.reliability(calibration.tempered(scores, temperature), targets))
+    temperature = engine.settings.options["temperature"]
+    raw = calibration.tempered(scores, 1 / temperature)
+    without = calibration.expected_error(calibration.reliability(raw, targets))
     text = Page(hostile / "report.html").text
-    assert f"ECE at temperature {temperature:.3f}" in text
-    assert re.search(rf"validation[\d.]+{error:.4f}{after:.4f}\n", text)
-    assert "It is not applied" in text
+    assert f"ECE without temperature {temperature:.3f}" in text
+    assert re.search(rf"validation[\d.]+{error:.4f}{without:.4f}\n", text)
+    assert "It is applied" in text
+    assert load(hostile / "metrics.json")["splits"]["validation"]["ece"] == pytest.approx(error)
+    # The temperature is what the unscaled scores ask for.
+    assert calibration.fit_temperature(raw, targets) == pytest.approx(temperature, rel=0.01)
 
 
 def test_thresholds_of_several_labels(train: Train) -> None:
@@ -414,7 +418,7 @@ def test_a_model_that_is_bundled_as_it_is(hostile: Path, tmp_path: Path) -> None
         page = Page(place / "report.html")
         check(page)
         assert ("Calibration" in page.titles) == bool(options)
-        assert "ECE at temperature" not in page.text, "there is no validation to fit it to"
+        assert not re.search("ECE with(out)? temperature", page.text), "there is no validation to fit one to"
         assert "Hardest examples" not in page.titles
         assert "Learning curves" not in page.titles
 

@@ -27,6 +27,7 @@ from text_models import (
 )
 
 from handler.engine import Engine
+from handler.errors import InvalidParameter
 from training import evaluation, labelled_texts
 from training.base_model import resolve
 from training.errors import UserError
@@ -115,6 +116,65 @@ def stars(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     golden = pairs(texts)[::6]
     place = tmp_path_factory.mktemp("stars") / "stars"
     return write(place, "roberta", AUTO, "text-classification", golden, overflow="window", **config)
+
+
+def test_a_temperature(texts: list[str], emotions: Path, tmp_path: Path) -> None:
+    """Of an archive that says what its head was divided by; and of models that have no use for one."""
+    options, labels = {"temperature": 2.5}, labelled("no", "so", "yes")
+    folder = write(tmp_path / "model", "bert", AUTO, "text-classification", texts[::6], options=options, **labels)
+    engine, ask = Engine(folder), reference(folder)
+    assert drift(engine, texts[:20], [ask(text) for text in texts[:20]]) < 1e-4
+    assert drift(engine, texts[:20], [ask(text) for text in texts[:20]], temperature=2.5) < 1e-4
+    for text in texts[:20]:
+        logits = {entry["label"]: entry["score"] for entry in ask(text, function_to_apply="none")}
+        for temperature in (1, 5.0):
+            [found] = answers(engine, [text], temperature=temperature)
+            values = np.exp([2.5 / temperature * logits[entry["label"]] for entry in found])
+            assert [entry["score"] for entry in found] == pytest.approx(values / values.sum(), abs=1e-4)
+    for value in (0, -1, "hot", 1e9):
+        assert isinstance(refusal(engine, texts[0], temperature=value), InvalidParameter)
+    assert "single label" in str(refusal(Engine(emotions), texts[0], temperature=1))
+
+
+def test_training_fits_the_temperature(tmp_path: Path) -> None:
+    """A model that learns noise by heart is surer than it is right; its scores are brought down to what it is worth."""
+    chance = np.random.default_rng(7)
+    words = [f"w{number}" for number in range(30)]
+    for name, rows in (("train", 60), ("validation", 200)):
+        lines = ["text,label"]
+        for _ in range(rows):
+            label = chance.integers(2)
+            # One word in two says which label it is; one label in five is wrong.
+            sign = "good" if label else "bad"
+            told = label if chance.random() < 0.8 else 1 - label
+            lines.append(f"{' '.join(chance.choice(words, 4))} {sign},{'ab'[told]}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    place = tmp_path / "bundle"
+    train_here(
+        *("--task", "text-classification", "--from-scratch", SPEC, "--train-file", tmp_path / "train.csv"),
+        *("--validation-file", tmp_path / "validation.csv", "--output-dir", place, "--num-train-epochs", "30"),
+        *("--learning-rate", "3e-3", *NO_CHECKPOINTS),
+    )
+    engine = Engine(place)
+    temperature = engine.settings.options["temperature"]
+    assert temperature > 1.5
+    rows = [json.loads(line) for line in (place / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def likelihood(**parameters: Any) -> float:
+        found = answers(engine, [row["inputs"] for row in rows], **parameters)
+        scores = [
+            {entry["label"]: entry["score"] for entry in entries}[row["target"]]
+            for entries, row in zip(found, rows, strict=True)
+        ]
+        return float(np.mean(np.log(scores)))
+
+    fitted = likelihood()
+    assert fitted > likelihood(temperature=1) + 0.01
+    assert fitted > likelihood(temperature=0.8 * temperature)
+    assert fitted > likelihood(temperature=1.25 * temperature)
+    # Any program that loads the bundle has the same scores.
+    ask = reference(place)
+    assert drift(engine, [row["inputs"] for row in rows[:20]], [ask(row["inputs"]) for row in rows[:20]]) < 1e-4
 
 
 def test_thresholds(emotions: Path, texts: list[str]) -> None:

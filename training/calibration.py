@@ -54,7 +54,7 @@ def expected_error(bins: list[Bin]) -> float:
 def fit_temperature(scores: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
     """The temperature, from 0.05 to 20, by which the logits are divided for the least negative log-likelihood.
 
-    Of n rows each counts as 1 / (n + 2) wrong (Platt 1999): a few that are all right make no model certain of everything.
+    Of n rows each counts as 1 / (n + 2) wrong (Platt 1999): a few that are all right make no model sure of everything.
     Shapes as in `reliability`.
     """
     logits, (rows, labels) = _logits(scores), scores.shape
