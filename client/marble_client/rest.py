@@ -10,14 +10,15 @@ import requests
 import urllib3
 
 from marble_client.answer import Answer, Input, Json, Token
-from marble_client.client import TransportClient, check_model
+from marble_client.client import TransportClient
 from marble_client.errors import BadResponse, ConnectionFailed, MarbleError
 from marble_client.retry import Deadline, with_retries
 from marble_client.tokens import bearer, is_loopback
 from marble_client.trace import traceparent
-from marble_client.wire import decode_answer, decode_error, decode_event, encode_request
+from marble_client.wire import check_model, decode_answer, decode_error, decode_event, encode_request
 
 CHUNK_BYTES = 64 * 1024
+MOST_CONNECTIONS = 64  # kept open for threads that share a client; requests' own pool keeps ten
 
 
 class RestClient(TransportClient):
@@ -110,6 +111,7 @@ class _Endpoint:
         self._proxies = {"no_proxy": parts.hostname} if is_loopback(parts.hostname) else None
         self._authorization = bearer(token)
         self._session = requests.Session()
+        self._session.mount(f"{parts.scheme}://", requests.adapters.HTTPAdapter(pool_maxsize=MOST_CONNECTIONS))
         # Set even when there is no token: else requests would send what ~/.netrc has for this host.
         self._session.auth = self._authorize
 

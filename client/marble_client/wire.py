@@ -25,6 +25,13 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def check_model(model: str, version: str | None) -> None:
+    """Raises ValueError for what can be no name or version of a model."""
+    check_name(model, "model name")
+    if version is not None:
+        check_name(version, "model version")
+
+
 def encode_request(inputs: Input, parameters: Mapping[str, Json] | None, *, stream: bool = False) -> bytes:
     """A request's body, bytes as base64. Raises ValueError or TypeError for what JSON cannot say, NaN included."""
     request: dict[str, Input] = {"inputs": inputs, "parameters": {**(parameters or {}), "details": True}}
@@ -43,7 +50,7 @@ def _base64(value: object) -> str:
 def decode_answer(body: bytes) -> Answer[Json]:
     """The answer in a reply. Raises the error it carries instead, or BadResponse."""
     reply = _parse(body)
-    item = _item_error(reply)
+    item = item_error(reply)
     if item is not None:
         # gRPC carries no status of its own for these.
         raise error_for(item.code, item.type, item.error)
@@ -95,7 +102,7 @@ def decode_drift(predictions: Json) -> float:
 
 def decode_labels(entry: Json) -> list[Label] | ItemError:
     """One entry of a text classification's predictions."""
-    error = _item_error(entry)
+    error = item_error(entry)
     if error is not None:
         return error
     if not isinstance(entry, list):
@@ -145,7 +152,8 @@ def is_item_error(value: Json) -> bool:
     return isinstance(value, dict) and value.keys() == {"error", "code", "type"}
 
 
-def _item_error(value: Json) -> ItemError | None:
+def item_error(value: Json) -> ItemError | None:
+    """The handler's error object as a value; None for anything else."""
     if not is_item_error(value):
         return None
     return ItemError(_take(value, "error", str), _take(value, "code", int), _take(value, "type", str))
