@@ -23,8 +23,6 @@ PATIENCE_S = 120.0
 
 # The server's names for what an input does to the request it travels in.
 _FAULTS_OF_INPUTS = {"UnreadableRequest", "TooLarge", "UnsupportedMediaType", "InvalidInput", "InternalError"}
-    {"UnreadableRequest", "TooLarge", "UnsupportedMediaType", "InvalidInput", "InternalError"}
-)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def asking(inputs: list[Input]) -> Asking:
     return [*(yield from asking(inputs[:half])), *(yield from asking(inputs[half:]))]
 
 
-def predict_batches(client: "Client", inputs: Iterable[Input], plan: Plan) -> Iterator[Batch]:
+def predict_batches(client: "Client", inputs: Iterable[Input], plan: Plan) -> Generator[Batch]:
     """What becomes of `inputs`, in order and in constant memory. Raises what no single input is to blame for.
 
     What was answered before the failure is yielded first.
