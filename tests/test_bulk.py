@@ -1,6 +1,8 @@
 """predict_many, and `marble predict --input FILE --output FILE`, against servers that fail, die and come back."""
 
+import asyncio
 import csv
+import itertools
 import json
 import signal
 import subprocess
@@ -15,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_client import Backend, QuietServer, Reply, Request, fails, grpc_server, http_server, write_keys
+from test_client import Backend, QuietServer, Reply, Request, Servers, fails, grpc_server, http_server, write_keys
 
 import marble_client
-from marble_client import ItemError, RestClient, cli, retry
+from marble_client import AsyncRestClient, Client, ItemError, RestClient, cli, retry
 from marble_client.retry import Patience
 from marble_client.stubs import inference_pb2, inference_pb2_grpc, management_pb2, management_pb2_grpc
 
@@ -105,8 +107,14 @@ def url(server: QuietServer) -> str:
 
 
 @pytest.fixture
-def client(url: str) -> Iterator[RestClient]:
+def rest(url: str) -> Iterator[RestClient]:
     with RestClient(url, url) as client:
+        yield client
+
+
+@pytest.fixture(params=["rest", "async-rest"])
+def client(url: str, request: pytest.FixtureRequest, scorer: Scorer) -> Iterator[Client]:
+    with Servers(scorer, url, "").client(request.param) as client:
         yield client
 
 
@@ -177,7 +185,7 @@ def inputs() -> Path:
 # predict_many
 
 
-def test_many_inputs_are_answered_in_order_by_a_few_requests_at_a_time(client: RestClient, scorer: Scorer) -> None:
+def test_many_inputs_are_answered_in_order_by_a_few_requests_at_a_time(client: Client, scorer: Scorer) -> None:
     assert list(client.predict_many("sentiment", texts(), {"top_k": 2}, batch_size=7, concurrency=3)) == [
         labels(text) for text in texts()
     ]
@@ -186,7 +194,7 @@ def test_many_inputs_are_answered_in_order_by_a_few_requests_at_a_time(client: R
     assert scorer.most_under_way <= 3
 
 
-def test_several_requests_are_under_way(client: RestClient, scorer: Scorer) -> None:
+def test_several_requests_are_under_way(client: Client, scorer: Scorer) -> None:
     together = threading.Barrier(3)
 
     def meet(_: int) -> None:
@@ -196,7 +204,7 @@ def test_several_requests_are_under_way(client: RestClient, scorer: Scorer) -> N
     assert len(list(client.predict_many("sentiment", texts(6), batch_size=2, concurrency=3))) == 6
 
 
-def test_inputs_are_taken_as_they_are_needed(client: RestClient) -> None:
+def test_inputs_are_taken_as_they_are_needed(rest: RestClient) -> None:
     taken = 0
 
     def endless() -> Iterator[str]:
@@ -205,7 +213,7 @@ def test_inputs_are_taken_as_they_are_needed(client: RestClient) -> None:
             taken += 1
             yield "a"
 
-    results = client.predict_many("sentiment", endless(), batch_size=2, concurrency=3)
+    results = rest.predict_many("sentiment", endless(), batch_size=2, concurrency=3)
     assert taken == 0
     assert next(results) == labels("a")
     assert taken == 2 * 2 * 3
@@ -221,7 +229,7 @@ def test_inputs_are_taken_as_they_are_needed(client: RestClient) -> None:
         (float("nan"), ItemError("Out of range float values are not JSON compliant", 422, "InvalidInput")),
     ],
 )
-def test_an_input_that_fails_hurts_no_other(client: RestClient, place: int, word: Any, error: ItemError) -> None:
+def test_an_input_that_fails_hurts_no_other(client: Client, place: int, word: Any, error: ItemError) -> None:
     given: list[Any] = texts(33)
     given[place] = word
     expected: list[Any] = [labels(text) for text in texts(33)]
@@ -229,12 +237,12 @@ def test_an_input_that_fails_hurts_no_other(client: RestClient, place: int, word
     assert list(client.predict_many("sentiment", given)) == expected
 
 
-def test_inputs_that_all_fail_have_errors_of_their_own(client: RestClient) -> None:
+def test_inputs_that_all_fail_have_errors_of_their_own(client: Client) -> None:
     given = ["bad", "poison", "bad"]
     assert [result.error for result in client.predict_many("sentiment", given)] == ["it is bad", "why 400", "it is bad"]
 
 
-def test_too_large_a_request_is_halved(client: RestClient, scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_a_request_is_halved(client: Client, scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = scorer._answer
     monkeypatch.setattr(scorer, "_answer", lambda inputs: Reply(413, b"") if len(inputs) > 4 else answer(inputs))
     assert list(client.predict_many("sentiment", texts(40))) == [labels(text) for text in texts(40)]
@@ -251,10 +259,10 @@ def test_too_large_a_request_is_halved(client: RestClient, scorer: Scorer, monke
     ],
 )
 def test_what_no_input_is_to_blame_for_is_raised_in_its_place(
-    client: RestClient, scorer: Scorer, reply: Reply, error: type[Exception]
+    rest: RestClient, scorer: Scorer, reply: Reply, error: type[Exception]
 ) -> None:
     scorer.before = lambda number: reply if number > 2 else None
-    results = client.predict_many("sentiment", texts(8), batch_size=2, concurrency=1)
+    results = rest.predict_many("sentiment", texts(8), batch_size=2, concurrency=1)
     assert [next(results) for _ in range(4)] == [labels(text) for text in texts(4)]
     with pytest.raises(error):
         next(results)
@@ -271,26 +279,26 @@ def test_what_no_input_is_to_blame_for_is_raised_in_its_place(
         Reply(500, json.dumps({"code": 500, "type": "InternalServerException", "message": "Worker died."}).encode()),
     ],
 )
-def test_trouble_is_waited_through(client: RestClient, scorer: Scorer, trouble: Reply) -> None:
+def test_trouble_is_waited_through(client: Client, scorer: Scorer, trouble: Reply) -> None:
     scorer.before = lambda number: trouble if number < 8 else None
     assert list(client.predict_many("sentiment", texts(4), batch_size=2)) == [labels(text) for text in texts(4)]
 
 
-def test_patience_has_an_end(client: RestClient, scorer: Scorer) -> None:
+def test_patience_has_an_end(client: Client, scorer: Scorer) -> None:
     scorer.before = lambda _: fails(503)
     with pytest.raises(marble_client.Unavailable):
         list(client.predict_many("sentiment", texts(4), patience=0.1))
 
 
-def test_the_callers_trace_goes_along(client: RestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callers_trace_goes_along(rest: RestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    ask = client.predict
-    monkeypatch.setattr(client, "predict", lambda *given, **how: seen.append(traceparent()) or ask(*given, **how))
+    ask = rest.predict
+    monkeypatch.setattr(rest, "predict", lambda *given, **how: seen.append(traceparent()) or ask(*given, **how))
     from marble_client.trace import traceparent
 
     trace = f"00-{'a' * 32}-{'b' * 16}-01"
     with marble_client.tracing(trace):
-        list(client.predict_many("sentiment", texts(4), batch_size=2))
+        list(rest.predict_many("sentiment", texts(4), batch_size=2))
     assert seen == [trace, trace]
 
 
@@ -298,9 +306,40 @@ def test_the_callers_trace_goes_along(client: RestClient, monkeypatch: pytest.Mo
     "options",
     [{"batch_size": 0}, {"concurrency": 0}, {"patience": 0}, {"version": "a/b"}, {"parameters": {"x": 1e999}}],
 )
-def test_what_cannot_be_is_refused_at_once(client: RestClient, options: dict[str, Any]) -> None:
+def test_what_cannot_be_is_refused_at_once(client: Client, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"at least one|positive|model version|JSON"):
         client.predict_many("sentiment", ["a"], **options)
+
+
+def test_awaited_results_come_as_they_are_there(url: str, scorer: Scorer) -> None:
+    scorer.before = lambda number: fails(404, "ModelNotFoundException") if number > 2 else None
+    found, taken = [], []
+
+    async def ask() -> None:
+        inputs = (taken.append(text) or text for text in itertools.cycle(texts(8)))
+        async with AsyncRestClient(url, url) as client:
+            async for result in client.predict_many("sentiment", inputs, batch_size=2, concurrency=1):
+                found.append(result)
+
+    with pytest.raises(marble_client.NotFound):
+        asyncio.run(ask())
+    assert found == [labels(text) for text in texts(4)]
+    assert len(taken) <= 8
+
+
+def test_awaited_requests_end_with_whoever_awaits_them(url: str, scorer: Scorer) -> None:
+    scorer.before = lambda _: fails(503)
+
+    async def ask() -> None:
+        async with AsyncRestClient(url, url) as client:
+            async with asyncio.timeout(0.5):
+                async for _ in client.predict_many("sentiment", texts()):
+                    pytest.fail("nothing was answered")
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(ask())
+    assert scorer.requests
 
 
 # Files

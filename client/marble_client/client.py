@@ -206,12 +206,10 @@ class TransportClient(Client):
             names += found
             if following is None:
                 return names
-            if following <= page:
-                raise BadResponse("the list of models has pages that do not advance")
             page = following
 
     def _page(self, page: int, deadline: Deadline) -> tuple[list[str], int | None]:
-        return with_retries(lambda: decode_page(self._list(page, deadline)), deadline)
+        return with_retries(lambda: decode_page(self._list(page, deadline), page), deadline)
 
     def _described(self, model: str, version: str | None, deadline: Deadline) -> ServedModel:
         return with_retries(lambda: decode_description(self._describe(model, version, deadline)), deadline)

@@ -124,8 +124,8 @@ def decode_error(code: int, body: bytes, retry_after: float | None) -> MarbleErr
     return error_for(code, None, f"the server answered with HTTP status {code}", retry_after)
 
 
-def decode_page(body: bytes) -> tuple[list[str], int | None]:
-    """One page of the list of models: their names, and the next page's token if there is one."""
+def decode_page(body: bytes, page: int) -> tuple[list[str], int | None]:
+    """The list of models from `page` on: their names, and the next page's token if there is one."""
     reply = _parse(body)
     names = [_take(model, "modelName", str) for model in _take(reply, "models", list)]
     if not isinstance(reply, dict) or reply.get("nextPageToken") is None:
@@ -133,6 +133,8 @@ def decode_page(body: bytes) -> tuple[list[str], int | None]:
     token = _take(reply, "nextPageToken", str)
     if not token.isdecimal():
         raise BadResponse("the list of models has a page token that is not a number")
+    if int(token) <= page:
+        raise BadResponse("the list of models has pages that do not advance")
     return names, int(token)
 
 
