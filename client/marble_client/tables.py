@@ -5,7 +5,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -16,7 +16,9 @@ Row: TypeAlias = dict[str, Any]
 Kinds: TypeAlias = dict[str, Any]
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
-_ROWS_A_GROUP = 10_000
+# What of a parquet file is in memory at a time, at most.
+_ROWS_READ = 256
+_ROWS_WRITTEN, _CHARACTERS_WRITTEN = 10_000, 32 * 2**20
 _MOST_INTEGER = 2**63
 
 
@@ -52,7 +54,7 @@ def rows_of(path: Path) -> Iterator[Row]:
     """The rows of a file, one at a time. Raises as `survey` does."""
     if path.suffix == ".parquet":
         with _opened(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
+            for batch in file.iter_batches(batch_size=_ROWS_READ):
                 yield from batch.to_pylist()
     elif path.suffix == ".csv":
         records = _records(path)
@@ -212,25 +214,25 @@ def _writing_parquet(path: Path, kinds: Kinds) -> Iterator[Callable[[Row], None]
     types = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
     types["json"] = pa.string()
     schema = pa.schema([(name, types[kind] if isinstance(kind, str) else kind) for name, kind in kinds.items()])
-    rows: list[Row] = []
-
-    def columns(rows: Iterable[Row]) -> Iterator[list[Any]]:
-        for name, kind in kinds.items():
-            values = [row.get(name) for row in rows]
-            if kind == "json":
-                values = [None if value is None else _json(value) for value in values]
-            yield [_utf8(value) if isinstance(value, str) else value for value in values]
+    rows: list[list[Any]] = []
 
     with _parquet().ParquetWriter(path, schema) as file:
+        size = 0
 
         def flush() -> None:
-            arrays = [pa.array(values, field.type) for values, field in zip(columns(rows), schema, strict=True)]
+            nonlocal size
+            columns = zip(*rows, strict=True)
+            arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
             file.write_table(pa.Table.from_arrays(arrays, schema=schema))
             rows.clear()
+            size = 0
 
         def write(row: Row) -> None:
-            rows.append(row)
-            if len(rows) == _ROWS_A_GROUP:
+            nonlocal size
+            values = [_arrow(row.get(name), kind) for name, kind in kinds.items()]
+            rows.append(values)
+            size += sum(len(value) for value in values if isinstance(value, (str, bytes)))
+            if len(rows) == _ROWS_WRITTEN or size > _CHARACTERS_WRITTEN:
                 flush()
 
         yield write
@@ -238,6 +240,8 @@ def _writing_parquet(path: Path, kinds: Kinds) -> Iterator[Callable[[Row], None]
             flush()
 
 
-def _utf8(text: str) -> str:
-    """The text, a lone surrogate as its escape."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+def _arrow(value: Any, kind: Any) -> Any:
+    """A value as a column of this kind takes it; a lone surrogate becomes its escape."""
+    if kind == "json" and value is not None:
+        value = _json(value)
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
