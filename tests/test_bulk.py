@@ -841,8 +841,17 @@ def test_a_server_that_stays_away_ends_the_run(
     assert f"marble: {rows_done()} of 300 rows are done: the same command goes on from there\nmarble: " in err
 
 
+def test_without_aiohttp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "marble_client.aio_rest")
+    with pytest.raises(ImportError, match=r"pip install 'marble-client\[async\]'"):
+        _ = marble_client.AsyncRestClient
+
+
 def test_neither_the_library_nor_a_single_prediction_needs_what_files_need(url: str, scorer: Scorer) -> None:
-    hidden = "import sys; sys.modules.update(dict.fromkeys(['tqdm', 'pyarrow', 'fcntl', 'grpc']))\n"
+    hidden = (
+        "import sys; sys.modules.update(dict.fromkeys(['tqdm', 'pyarrow', 'fcntl', 'grpc', 'aiohttp', 'asyncio']))\n"
+    )
     given = [sys.executable, "-c", hidden + SCRIPT, "predict", "sentiment", "x", "y", "--url", url]
     done = subprocess.run(given, capture_output=True, timeout=60, check=False)
     assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, [labels("x"), labels("y")], b"")

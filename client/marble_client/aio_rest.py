@@ -2,8 +2,12 @@
 
 import asyncio
 
-import aiohttp
 import requests
+
+try:
+    import aiohttp
+except ImportError as error:
+    raise ImportError(f"AsyncRestClient needs aiohttp ({error}): pip install 'marble-client[async]'") from None
 
 from marble_client.aio import AsyncClient
 from marble_client.rest import good, headers, host_of, hung_up, model_path, no_host, no_server
@@ -27,7 +31,7 @@ class AsyncRestClient(AsyncClient):
         self._management = _Endpoint(management_url, management_token)
         # No limits of its own: callers bound what is under way, and every call has its deadline.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None, sock_connect=None)
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         )
 
     async def close(self) -> None:
