@@ -17,7 +17,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_client import Backend, QuietServer, Reply, Request, Servers, fails, grpc_server, http_server, write_keys
+from test_client import (
+    Backend,
+    QuietServer,
+    Reply,
+    Request,
+    Servers,
+    answers,
+    fails,
+    grpc_server,
+    http_server,
+    write_keys,
+)
 
 import marble_client
 from marble_client import AsyncRestClient, Client, ItemError, RestClient, cli, retry
@@ -40,6 +51,7 @@ class Scorer(Backend):
     digest: str = "sha256:0f"
     predict_one: Callable[[Any], Any] = field(default=lambda value: labels(str(value)))
     before: Callable[[int], Reply | None] = field(default=lambda _: None)
+    canary: Reply = field(default_factory=lambda: answers({"drift": 0.0}))
     lock: threading.Lock = field(default_factory=threading.Lock)
     under_way: int = 0
     most_under_way: int = 0
@@ -57,6 +69,8 @@ class Scorer(Backend):
                 return reply
             if self.key is not None and request.authorization != f"Bearer {self.key}":
                 return fails(401, "InvalidKeyException")
+            if request.json == {"canary": True}:
+                return self.canary
             return self._answer(request.json["inputs"])
         finally:
             with self.lock:
@@ -76,7 +90,7 @@ class Scorer(Backend):
     @property
     def asked(self) -> int:
         """How many inputs were sent, those that were sent again included."""
-        return sum(len(request.json["inputs"]) for request in self.requests)
+        return sum(len(request.json.get("inputs", [])) for request in self.requests)
 
 
 def score(text: str) -> float:
@@ -282,6 +296,37 @@ def test_what_no_input_is_to_blame_for_is_raised_in_its_place(
 def test_trouble_is_waited_through(client: Client, scorer: Scorer, trouble: Reply) -> None:
     scorer.before = lambda number: trouble if number < 8 else None
     assert list(client.predict_many("sentiment", texts(4), batch_size=2)) == [labels(text) for text in texts(4)]
+
+
+def hang_up() -> Reply:
+    raise ConnectionAbortedError("too large, or a worker that died")
+
+
+DEADLY = {
+    "worker": lambda: Reply(500, b'{"code": 500, "type": "InternalServerException", "message": "Worker died."}'),
+    "connection": hang_up,
+    "deadline": lambda: Reply(504, b""),
+}
+
+
+@pytest.mark.parametrize("how", DEADLY)
+def test_an_input_that_is_deadly_hurts_no_other(
+    client: Client, scorer: Scorer, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    answer = scorer._answer
+    monkeypatch.setattr(scorer, "_answer", lambda inputs: DEADLY[how]() if "deadly" in inputs else answer(inputs))
+    given = texts(9)
+    given[4] = "deadly"
+    results = list(client.predict_many("sentiment", given))
+    assert isinstance(results[4], ItemError)
+    assert results[:4] + results[5:] == [labels(text) for text in given[:4] + given[5:]]
+
+
+@pytest.mark.parametrize("how", DEADLY)
+def test_no_input_is_blamed_where_the_canary_fails_too(client: Client, scorer: Scorer, how: str) -> None:
+    scorer.before = lambda _: DEADLY[how]()
+    with pytest.raises(marble_client.MarbleError):
+        list(client.predict_many("sentiment", texts(9), patience=0.3))
 
 
 def test_patience_has_an_end(client: Client, scorer: Scorer) -> None:

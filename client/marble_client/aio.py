@@ -10,8 +10,8 @@ from typing import Self, TypeVar, overload
 from marble_client.answer import Answer, Input, ItemError, Json, Label, ServedModel
 from marble_client.client import FunctionToApply, Overflow, classified, given_options
 from marble_client.errors import MarbleError, NotFound
-from marble_client.many import BATCH_SIZE, CONCURRENCY, PATIENCE_S, Batch, Plan, asking, batches
-from marble_client.retry import Deadline, Patience, pause
+from marble_client.many import BATCH_SIZE, CONCURRENCY, PATIENCE_S, Ask, Batch, Pause, Plan, Prove, asking, batches
+from marble_client.retry import Deadline, pause
 from marble_client.wire import (
     CANARY,
     check_model,
@@ -205,30 +205,28 @@ class AsyncClient(ABC):
             await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _ask(self, inputs: list[Input], plan: Plan) -> list[Batch]:
-        steps = asking(inputs)
+        steps = asking(inputs, plan.patience)
         try:
-            inputs = next(steps)
+            step = next(steps)
             while True:
                 try:
-                    answer = await self._ask_patiently(inputs, plan)
+                    answer = await self._do(step, plan)
                 except (MarbleError, ValueError, TypeError) as error:
-                    inputs = steps.throw(error)
+                    step = steps.throw(error)
                 else:
-                    inputs = steps.send(answer)
+                    step = steps.send(answer)
         except StopIteration as done:
             outcome: list[Batch] = done.value
             return outcome
 
-    async def _ask_patiently(self, inputs: list[Input], plan: Plan) -> Answer[Json]:
-        patience = Patience(plan.patience)
-        while True:
-            try:
-                return await self.predict(
-                    plan.model, inputs, plan.parameters, version=plan.version, timeout=plan.timeout
-                )
-            except MarbleError as error:
-                wait = patience.pause(error)
-            await asyncio.sleep(wait)
+    async def _do(self, step: Ask | Pause | Prove, plan: Plan) -> Answer[Json] | float | None:
+        version, timeout = plan.version, plan.timeout
+        if isinstance(step, Ask):
+            return await self.predict(plan.model, step.inputs, plan.parameters, version=version, timeout=timeout)
+        if isinstance(step, Prove):
+            return await self.canary(plan.model, version=version, timeout=timeout)
+        await asyncio.sleep(step.seconds)
+        return None
 
 
 async def _with_retries(call: Callable[[], Awaitable[T]], deadline: Deadline) -> T:

@@ -7,19 +7,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from marble_client.answer import Answer, Input, ItemError, Json, ModelInfo
-from marble_client.errors import BadResponse, MarbleError
-from marble_client.retry import Patience
+from marble_client.errors import BadResponse, ConnectionFailed, MarbleError, Timeout
+from marble_client.retry import WORKER_DIED, Patience
 from marble_client.wire import check_model, encode_request, item_error
 
 if TYPE_CHECKING:
     from marble_client.client import Client
 
+T = TypeVar("T")
+
 BATCH_SIZE = 32
 CONCURRENCY = 4
 PATIENCE_S = 120.0
+STRIKES = 3
 
 # The server's names for what an input does to the request it travels in.
 _FAULTS_OF_INPUTS = {"UnreadableRequest", "TooLarge", "UnsupportedMediaType", "InvalidInput", "InternalError"}
@@ -34,8 +37,27 @@ class Batch:
     model: ModelInfo | None
 
 
-# Yields lists of inputs to send, is sent the answer or thrown the error; returns what became of all inputs.
-Asking: TypeAlias = Generator[list[Input], Answer[Json], list[Batch]]
+@dataclass(frozen=True)
+class Ask:
+    """Predict for these inputs, in one request."""
+
+    inputs: list[Input]
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Wait so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prove:
+    """Ask the canary."""
+
+
+# What is to be done next, whether it is called or awaited: yields it, is sent the answer or thrown the error.
+Asking: TypeAlias = Generator[Ask | Pause | Prove, Any, T]
 
 
 @dataclass(frozen=True)
@@ -69,24 +91,54 @@ def batches(inputs: Iterable[Input], size: int) -> Iterator[list[Input]]:
         yield batch
 
 
-def asking(inputs: list[Input]) -> Asking:
+def asking(inputs: list[Input], patience: float) -> Asking[list[Batch]]:
     """Asks for all inputs at once; where one of them fails the whole request, in halves until it stands alone."""
-    try:
-        answer = yield inputs
-    except (MarbleError, ValueError, TypeError) as error:
-        fault = _fault(error)
-        if fault is None:
-            raise
-        if len(inputs) == 1:
-            return [Batch([fault], False, None)]
-    else:
-        predictions = answer.predictions
-        if not isinstance(predictions, list) or len(predictions) != len(inputs):
-            raise BadResponse(f"the server did not answer with {len(inputs)} predictions for {len(inputs)} inputs")
-        results = [item_error(entry) or entry for entry in predictions]
-        return [Batch(results, answer.usage.truncated, answer.model)]
+    outcome = yield from _asking_once(inputs, Patience(patience))
+    if isinstance(outcome, Batch):
+        return [outcome]
+    if len(inputs) == 1:
+        return [Batch([outcome], False, None)]
     half = len(inputs) // 2
-    return [*(yield from asking(inputs[:half])), *(yield from asking(inputs[half:]))]
+    first = yield from asking(inputs[:half], patience)
+    return first + (yield from asking(inputs[half:], patience))
+
+
+def _asking_once(inputs: list[Input], patience: Patience) -> Asking[Batch | ItemError]:
+    """Asks for all inputs in one request, through the server's trouble. An ItemError is what one of them has caused."""
+    strikes = 0
+    while True:
+        try:
+            return _batch((yield Ask(inputs)), len(inputs))
+        except (ValueError, TypeError) as cause:  # JSON cannot say it
+            return ItemError(str(cause), 422, "InvalidInput")
+        except MarbleError as cause:
+            error = cause
+        fault = ItemError(error.message, error.code, error.type)
+        # Over a limit of TorchServe's, or of the memory, there is no such name, and fewer inputs may do.
+        if error.type in _FAULTS_OF_INPUTS or error.code in (413, 507):
+            return fault
+        # A worker may die of an input, a connection of too large a request, a deadline of too slow an answer.
+        sent = isinstance(error, ConnectionFailed) and error.sent
+        strikes += sent or isinstance(error, Timeout) or error.type == WORKER_DIED
+        if strikes >= STRIKES and (yield from _proving()):
+            return fault
+        yield Pause(patience.pause(error))
+
+
+def _proving() -> Asking[bool]:
+    """Whether the server answers its canary, so that trouble is not its own."""
+    try:
+        yield Prove()
+    except MarbleError:
+        return False
+    return True
+
+
+def _batch(answer: Answer[Json], count: int) -> Batch:
+    predictions = answer.predictions
+    if not isinstance(predictions, list) or len(predictions) != count:
+        raise BadResponse(f"the server did not answer with {count} predictions for {count} inputs")
+    return Batch([item_error(entry) or entry for entry in predictions], answer.usage.truncated, answer.model)
 
 
 def predict_batches(client: "Client", inputs: Iterable[Input], plan: Plan) -> Generator[Batch]:
@@ -96,29 +148,28 @@ def predict_batches(client: "Client", inputs: Iterable[Input], plan: Plan) -> Ge
     """
     stopped = threading.Event()
 
-    def ask(batch: list[Input]) -> Answer[Json]:
-        patience = Patience(plan.patience)
-        while True:
-            try:
-                return client.predict(plan.model, batch, plan.parameters, version=plan.version, timeout=plan.timeout)
-            except MarbleError as error:
-                if stopped.wait(patience.pause(error)):
-                    raise
+    def do(step: Ask | Pause | Prove) -> Answer[Json] | float | bool:
+        if isinstance(step, Ask):
+            return client.predict(plan.model, step.inputs, plan.parameters, version=plan.version, timeout=plan.timeout)
+        if isinstance(step, Prove):
+            return client.canary(plan.model, version=plan.version, timeout=plan.timeout)
+        return stopped.wait(step.seconds)
 
-    def work(batch: list[Input]) -> list[Batch]:
-        steps = asking(batch)
+    def work(inputs: list[Input]) -> list[Batch]:
+        steps = asking(inputs, plan.patience)
         try:
-            batch = next(steps)
-            while True:
+            step = next(steps)
+            while not stopped.is_set():
                 try:
-                    answer = ask(batch)
+                    answer = do(step)
                 except (MarbleError, ValueError, TypeError) as error:
-                    batch = steps.throw(error)
+                    step = steps.throw(error)
                 else:
-                    batch = steps.send(answer)
+                    step = steps.send(answer)
         except StopIteration as done:
             outcome: list[Batch] = done.value
             return outcome
+        return []  # nobody waits for it
 
     pool = ThreadPoolExecutor(plan.concurrency)
     waiting: deque[Future[list[Batch]]] = deque()
@@ -134,13 +185,3 @@ def predict_batches(client: "Client", inputs: Iterable[Input], plan: Plan) -> Ge
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
-
-
-def _fault(error: MarbleError | ValueError | TypeError) -> ItemError | None:
-    """The error as that of an input; None if it says nothing about the inputs."""
-    if not isinstance(error, MarbleError):
-        return ItemError(str(error), 422, "InvalidInput")  # JSON cannot say it
-    # Over a limit of TorchServe's, or of the memory, there is no such name, and fewer inputs may do.
-    if error.type in _FAULTS_OF_INPUTS or error.code in (413, 507):
-        return ItemError(error.message, error.code, error.type)
-    return None

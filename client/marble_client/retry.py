@@ -14,6 +14,7 @@ from marble_client.errors import ConnectionFailed, MarbleError, RateLimited, Tim
 TRIES = 3
 BACKOFF_S = 0.1
 LONGEST_PAUSE_S = 5.0
+WORKER_DIED = "InternalServerException"  # TorchServe's name for it
 
 T = TypeVar("T")
 
@@ -93,8 +94,7 @@ def _passes(error: MarbleError) -> bool:
     """Whether an error is the server's trouble of the moment, whatever was asked."""
     if isinstance(error, (RateLimited, Unavailable, ConnectionFailed, Timeout)):
         return True
-    # What a proxy says of a server that is down, and TorchServe of a worker that died.
-    return error.code == 502 or error.type == "InternalServerException"
+    return error.code == 502 or error.type == WORKER_DIED  # 502 is what a proxy says of a server that is down
 
 
 def _back_off(error: MarbleError, tried: int) -> float:
