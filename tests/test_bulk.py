@@ -322,6 +322,29 @@ def test_an_input_that_is_deadly_hurts_no_other(
     assert results[:4] + results[5:] == [labels(text) for text in given[:4] + given[5:]]
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_what_was_too_much_at_once_is_asked_again(
+    client: Client, scorer: Scorer, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """As a model that generates: of what it cannot do in time some is late, or all of it."""
+    answer = scorer._answer
+    late = {"error": "it takes too long", "code": 503, "type": "Overloaded"}
+
+    def slow(inputs: list[Any]) -> Reply:
+        if len(inputs) > 4 * most or "endless" in inputs:
+            return Reply(503, json.dumps(late).encode())
+        reply = json.loads(answer(inputs).body)
+        reply["predictions"][most:] = [late] * (len(inputs) - most)
+        return Reply(200, json.dumps(reply).encode())
+
+    monkeypatch.setattr(scorer, "_answer", slow)
+    given = texts(20)
+    given[7] = "endless"
+    results: list[Any] = list(client.predict_many("sentiment", given, patience=0.1))
+    assert results.pop(7) == ItemError("it takes too long", 503, "Overloaded")
+    assert results == [labels(text) for text in given if text != "endless"]
+
+
 @pytest.mark.parametrize("how", DEADLY)
 def test_no_input_is_blamed_where_the_canary_fails_too(client: Client, scorer: Scorer, how: str) -> None:
     scorer.before = lambda _: DEADLY[how]()
@@ -444,6 +467,13 @@ def test_anything_else_than_a_label_is_json(marble: Marble, scorer: Scorer, targ
     assert marble("--input", "in.csv", "--output", target)[0] == 1
     found = [row["prediction"] for row in read(target)]
     assert found == ([[0.5, 1], None, [0.5, 1]] if target == "out.jsonl" else ["[0.5, 1]", found[1], "[0.5, 1]"])
+
+
+def test_what_is_told_of_tokens_is_left_out(marble: Marble, scorer: Scorer) -> None:
+    scorer.predict_one = lambda text: {"generated_text": f"{text}!", "details": {"tokens": [1, 2]}}
+    write("in.csv", [{"text": "a"}])
+    assert marble("--input", "in.csv", "--output", "out.jsonl") == (0, "")
+    assert read("out.jsonl") == [{"text": "a", "prediction": {"generated_text": "a!"}, "error": None}]
 
 
 @pytest.mark.parametrize("option", [("--top-k", 2), ("-p", "threshold=learned")])

@@ -22,6 +22,7 @@ from marble_client.answer import Input, ItemError, Json
 from marble_client.client import Client
 from marble_client.many import Batch, Plan, predict_batches
 from marble_client.tables import Kinds, Row, check_suffix, plain, rows_of, survey, writing
+from marble_client.wire import without_details
 
 # Columns that are one input together: the names it is sent under, each with its column. Pairs as train.py takes them.
 _TOGETHER = (
@@ -152,7 +153,9 @@ class _Part:
                 f"{digest}. Serve the former again, or delete {self.path} to predict for all rows anew"
             )
         results: list[dict[str, Json]] = [
-            {"error": f"{result.error} ({result.type})"} if isinstance(result, ItemError) else {"prediction": result}
+            {"error": f"{result.error} ({result.type})"}
+            if isinstance(result, ItemError)
+            else {"prediction": without_details(result)}
             for result in batch.results
         ]
         self._write({"digest": digest, "truncated": batch.truncated, "results": results})

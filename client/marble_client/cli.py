@@ -29,7 +29,7 @@ from marble_client.errors import (
 from marble_client.many import BATCH_SIZE, CONCURRENCY, PATIENCE_S, Plan
 from marble_client.rest import RestClient
 from marble_client.tokens import Tokens, find_tokens
-from marble_client.wire import is_item_error
+from marble_client.wire import is_item_error, without_details
 
 OK, REFUSED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 CUT = "text was cut to fit the model; --overflow window reads all of it, --overflow error refuses it"
@@ -93,7 +93,7 @@ def _predict(args: argparse.Namespace, client: Client) -> int:
         except OSError as error:
             raise ValueError(f"--output {args.output}: {error.strerror}") from None
         return OK
-    shown = {**asdict(answer), "predictions": predictions} if args.details else _without_details(predictions)
+    shown = {**asdict(answer), "predictions": predictions} if args.details else without_details(predictions)
     print(json.dumps(shown, ensure_ascii=False))
     return _outcome(answer, len(inputs))
 
@@ -186,15 +186,6 @@ def _stream(args: argparse.Namespace, client: Client, inputs: list[Input], param
 def _harmless(text: str) -> str:
     """A model's words must not steer the terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)
-
-
-def _without_details(predictions: Json) -> Json:
-    """Predictions without what is told of each token of a generated text."""
-    if isinstance(predictions, list):
-        return [_without_details(entry) for entry in predictions]
-    if isinstance(predictions, dict) and "generated_text" in predictions:
-        return {name: value for name, value in predictions.items() if name != "details"}
-    return predictions
 
 
 def _ready(args: argparse.Namespace, client: Client) -> int:

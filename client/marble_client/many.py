@@ -26,6 +26,7 @@ STRIKES = 3
 
 # The server's names for what an input does to the request it travels in.
 _FAULTS_OF_INPUTS = {"UnreadableRequest", "TooLarge", "UnsupportedMediaType", "InvalidInput", "InternalError"}
+_OVERLOADED = "Overloaded"
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,23 @@ def asking(inputs: list[Input], patience: float) -> Asking[list[Batch]]:
     """Asks for all inputs at once; where one of them fails the whole request, in halves until it stands alone."""
     outcome = yield from _asking_once(inputs, Patience(patience))
     if isinstance(outcome, Batch):
-        return [outcome]
+        return [(yield from _asking_the_late(inputs, outcome, patience))]
     if len(inputs) == 1:
         return [Batch([outcome], False, None)]
     half = len(inputs) // 2
     first = yield from asking(inputs[:half], patience)
     return first + (yield from asking(inputs[half:], patience))
+
+
+def _asking_the_late(inputs: list[Input], batch: Batch, patience: float) -> Asking[Batch]:
+    """Asks once more, among themselves, for inputs that were too much beside the others: texts to generate, say."""
+    late = [at for at, result in enumerate(batch.results) if isinstance(result, ItemError) and result.code == 503]
+    if not late or len(late) == len(inputs):
+        return batch
+    again = yield from asking([inputs[at] for at in late], patience)
+    found = dict(zip(late, (result for part in again for result in part.results), strict=True))
+    results = [found.get(at, result) for at, result in enumerate(batch.results)]
+    return Batch(results, batch.truncated or any(part.truncated for part in again), batch.model)
 
 
 def _asking_once(inputs: list[Input], patience: Patience) -> Asking[Batch | ItemError]:
@@ -117,12 +129,29 @@ def _asking_once(inputs: list[Input], patience: Patience) -> Asking[Batch | Item
         # Over a limit of TorchServe's, or of the memory, there is no such name, and fewer inputs may do.
         if error.type in _FAULTS_OF_INPUTS or error.code in (413, 507):
             return fault
-        # A worker may die of an input, a connection of too large a request, a deadline of too slow an answer.
-        sent = isinstance(error, ConnectionFailed) and error.sent
-        strikes += sent or isinstance(error, Timeout) or error.type == WORKER_DIED
-        if strikes >= STRIKES and (yield from _proving()):
-            return fault
-        yield Pause(patience.pause(error))
+        strikes += _may_be_caused(error)
+        if strikes >= STRIKES:
+            if error.type == _OVERLOADED and len(inputs) > 1:
+                return fault
+            if error.type != _OVERLOADED and (yield from _proving()):
+                return fault
+        try:
+            wait = patience.pause(error)
+        except MarbleError:
+            if error.type == _OVERLOADED:  # a handler says so: the server is well
+                return fault
+            raise
+        yield Pause(wait)
+
+
+def _may_be_caused(error: MarbleError) -> bool:
+    """Whether a request may have brought the trouble about.
+
+    A worker may die of an input, a connection of too large a request, a deadline of too slow an answer, and a model
+    have too much to generate at once.
+    """
+    sent = isinstance(error, ConnectionFailed) and error.sent
+    return sent or isinstance(error, Timeout) or error.type in (WORKER_DIED, _OVERLOADED)
 
 
 def _proving() -> Asking[bool]:

@@ -149,6 +149,15 @@ def decode_description(body: bytes) -> ServedModel:
     return ServedModel(_take(model, "modelName", str), _take(model, "modelVersion", str), ready, len(workers))
 
 
+def without_details(predictions: Json) -> Json:
+    """Predictions without what is told of each token of a generated text."""
+    if isinstance(predictions, list):
+        return [without_details(entry) for entry in predictions]
+    if isinstance(predictions, dict) and "generated_text" in predictions:
+        return {name: value for name, value in predictions.items() if name != "details"}
+    return predictions
+
+
 def is_item_error(value: Json) -> bool:
     """Whether a prediction, or a whole reply, is the handler's error object."""
     return isinstance(value, dict) and value.keys() == {"error", "code", "type"}
