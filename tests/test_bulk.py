@@ -4,6 +4,7 @@ import asyncio
 import csv
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import REVIEWS, Served
 from test_client import (
     Backend,
     QuietServer,
@@ -32,6 +34,8 @@ from test_client import (
 
 import marble_client
 from marble_client import AsyncRestClient, Client, ItemError, RestClient, cli, retry
+from marble_client.bulk import Bulk
+from marble_client.many import Plan
 from marble_client.retry import Patience
 from marble_client.stubs import inference_pb2, inference_pb2_grpc, management_pb2, management_pb2_grpc
 
@@ -833,6 +837,14 @@ def test_a_process_that_was_killed_goes_on(
     server.server_close()
 
 
+def test_a_full_disk_ends_the_run_and_loses_nothing(marble: Marble, scorer: Scorer, inputs: Path, url: str) -> None:
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    given = [sys.executable, "-c", full + SCRIPT, "predict", "sentiment", "--url", url, "--input", inputs]
+    done = subprocess.run([*given, "--output", "out.jsonl"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, "marble: out.jsonl: File too large\n")
+    go_on(marble, scorer)
+
+
 @dataclass
 class Mortal(Scorer):
     """Dies of its 20th request; whoever is served then hears no answer."""
@@ -930,3 +942,42 @@ def test_neither_the_library_nor_a_single_prediction_needs_what_files_need(url: 
     given = [sys.executable, "-c", hidden + SCRIPT, "predict", "sentiment", "x", "y", "--url", url]
     done = subprocess.run(given, capture_output=True, timeout=60, check=False)
     assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, [labels("x"), labels("y")], b"")
+
+
+# A real server
+
+
+def test_a_worker_that_is_killed_midway_changes_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, parameters = "reviews-fp32", {"top_k": 1}
+    with (REVIEWS / "train.csv").open(encoding="utf-8", newline="") as file:
+        reviews = [row["text"] for row in csv.DictReader(file)]
+    given = list(itertools.islice(itertools.cycle(reviews), 2000))
+    write("in.csv", [{"text": text} for text in given])
+    [version] = served.manage("GET", f"/models/{name}").json()
+    victims = [worker["pid"] for worker in version["workers"]]
+    asked = itertools.count(1)
+
+    with served.rest_client() as client:
+        undisturbed = list(client.predict_many(name, given, parameters))
+        predict = client.predict
+
+        def kill_then_predict(*given: Any, **options: Any) -> Any:
+            if next(asked) == 30:
+                for victim in victims:
+                    os.kill(victim, signal.SIGKILL)
+            return predict(*given, **options)
+
+        monkeypatch.setattr(client, "predict", kill_then_predict)
+        plan = Plan(name, parameters)
+        with Bulk(Path("in.csv"), Path("out.parquet"), plan, column=None, overwrite=False) as bulk:
+            bulk.predict(client)
+            assert bulk.finish() == (0, False)
+
+    assert set(victims).isdisjoint(served.workers())
+    found = read("out.parquet")
+    assert [row["text"] for row in found] == given
+    assert [row["error"] for row in found] == [None] * len(given)
+    expected: Any = [labels for [labels] in undisturbed]
+    assert [row["label"] for row in found] == [best["label"] for best in expected]
+    # The kill moves no row into another request, but requests share batches as they come.
+    assert [row["score"] for row in found] == pytest.approx([best["score"] for best in expected], abs=1e-4)

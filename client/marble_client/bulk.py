@@ -130,7 +130,7 @@ class _Part:
         self.labels: bool | None = None
         self._digest: str | None = None
         self._synced = time.monotonic()
-        self._file = path.open("a+b")
+        self._file = path.open("ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._load(about)
@@ -170,23 +170,23 @@ class _Part:
 
     def _load(self, about: dict[str, Json]) -> None:
         """Go on with what an earlier run has left, up to where it was cut off."""
-        self._file.seek(0)
-        first = self._file.readline()
-        try:
-            found = json.loads(first) if first else about
-            others = [name for name, value in about.items() if found[name] != value]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path} was not written by marble: move it away") from None
-        whole = len(first)
-        for line in self._file:
+        with self.path.open("rb") as file:
+            first = file.readline()
             try:
-                if not line.endswith(b"\n"):
+                found = json.loads(first) if first else about
+                others = [name for name, value in about.items() if found[name] != value]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{self.path} was not written by marble: move it away") from None
+            whole = len(first)
+            for line in file:
+                try:
+                    if not line.endswith(b"\n"):
+                        break
+                    entry = json.loads(line)
+                    self._count(entry["digest"], entry["truncated"], entry["results"])
+                except (ValueError, KeyError, TypeError):  # what a crash of the machine leaves at the end
                     break
-                entry = json.loads(line)
-                self._count(entry["digest"], entry["truncated"], entry["results"])
-            except (ValueError, KeyError, TypeError):  # what a crash of the machine leaves at the end
-                break
-            whole += len(line)
+                whole += len(line)
         if self.rows and others:
             raise ValueError(
                 f"{self.path} was begun with another {' and '.join(others)}: give what it was begun with, or delete it "
@@ -197,8 +197,9 @@ class _Part:
             self._write(about)
 
     def _write(self, entry: Json) -> None:
-        self._file.write(json.dumps(entry).encode("ascii") + b"\n")
-        self._file.flush()
+        line = json.dumps(entry).encode("ascii") + b"\n"
+        while line:
+            line = line[self._file.write(line) :]
         if time.monotonic() - self._synced > _SYNC_EVERY_S:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()

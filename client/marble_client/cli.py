@@ -357,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
         "predict",
         parents=[server],
         usage="%(prog)s [options] NAME (TEXT … | --input FILE --output FILE)",
-        help="predict for one input or several",
+        help="predict for one input, several, or those of a file",
         description="Print predictions as JSON: the result for one input, a list of results for several.\n"
         "Or predict for every row of a csv, jsonl or parquet file, and write another file.",
         epilog="examples:\n"
