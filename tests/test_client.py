@@ -1,5 +1,6 @@
 """marble_client against real HTTP and gRPC servers that behave as TorchServe does."""
 
+import asyncio
 import http.server
 import importlib
 import io
@@ -23,6 +24,9 @@ import pytest
 
 import marble_client
 from marble_client import (
+    AsyncClient,
+    AsyncGrpcClient,
+    AsyncRestClient,
     Client,
     GrpcClient,
     ItemError,
@@ -188,6 +192,38 @@ class QuietServer(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class Awaited:
+    """An AsyncClient called as a Client is: what is tested of the one is tested of the other."""
+
+    def __init__(self, make: Callable[[], AsyncClient]) -> None:
+        async def made() -> AsyncClient:
+            return make()
+
+        self._runner = asyncio.Runner()
+        try:
+            self._client = self._runner.run(made())
+        except BaseException:
+            self._runner.close()
+            raise
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+        return lambda *given, **options: self._runner.run(method(*given, **options))
+
+    def predict_many(self, *given: Any, **options: Any) -> list[Any]:
+        async def results() -> list[Any]:
+            return [result async for result in self._client.predict_many(*given, **options)]
+
+        return self._runner.run(results())
+
+    def __enter__(self) -> "Awaited":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
 @dataclass
 class Servers:
     backend: Backend
@@ -195,9 +231,14 @@ class Servers:
     target: str
 
     def client(self, transport: str, **options: Any) -> Client:
-        if transport == "rest":
-            return RestClient(self.url, self.url, **options)
-        return GrpcClient(self.target, self.target, **options)
+        places = {"rest": self.url, "grpc": self.target}
+        kinds: dict[str, Callable[..., Any]] = {"rest": RestClient, "grpc": GrpcClient}
+        if transport in kinds:
+            return kinds[transport](places[transport], places[transport], **options)
+        kinds = {"rest": AsyncRestClient, "grpc": AsyncGrpcClient}
+        name = transport.removeprefix("async-")
+        client: Any = Awaited(lambda: kinds[name](places[name], places[name], **options))
+        return client
 
     def flags(self, transport: str) -> list[str]:
         if transport == "rest":
@@ -268,8 +309,13 @@ def backend(servers: Servers) -> Backend:
     return servers.backend
 
 
-@pytest.fixture(params=["rest", "grpc"])
+@pytest.fixture(params=["rest", "grpc", "async-rest", "async-grpc"])
 def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["rest", "grpc"])
+def command_transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -573,7 +619,7 @@ def test_a_server_that_hangs_up_is_asked_once(transport: str) -> None:
         servers = Servers(Backend(), f"http://{address}", address)
         with servers.client(transport, timeout=5) as client, pytest.raises(marble_client.ConnectionFailed):
             client.predict("x", "x")
-        if transport == "rest":
+        if "rest" in transport:
             assert len(accepted) == 1  # gRPC reconnects its channel by itself
         listener.shutdown(socket.SHUT_RDWR)
 
@@ -588,18 +634,19 @@ def test_a_server_that_comes_up_between_tries_is_reached(
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
-    sleep, backend = time.sleep, Backend()
+    back_off, backend = retry._back_off, Backend()
     stops: list[Callable[[], object]] = []
 
-    def start_then_sleep(seconds: float) -> None:
-        if not stops and transport == "rest":
-            stops.append(http_server(backend, port).shutdown)
+    def start_then_back_off(*given: Any) -> float:
+        if not stops and "rest" in transport:
+            rest = http_server(backend, port)
+            stops.extend((rest.shutdown, rest.server_close))
         elif not stops:
             server, _ = grpc_server(backend, stubs, port)
             stops.append(lambda: server.stop(0).wait(5))
-        sleep(seconds)
+        return back_off(*given)
 
-    monkeypatch.setattr("marble_client.retry.time.sleep", start_then_sleep)
+    monkeypatch.setattr(retry, "_back_off", start_then_back_off)
     address = f"127.0.0.1:{port}"
     try:
         with Servers(backend, f"http://{address}", address).client(transport) as client:
@@ -607,7 +654,7 @@ def test_a_server_that_comes_up_between_tries_is_reached(
     finally:
         for stop in stops:
             stop()
-    assert len(stops) == 1
+    assert len(backend.requests) == 1
 
 
 @pytest.mark.parametrize("failure", [fails(503), fails(429)])
@@ -844,9 +891,9 @@ Marble = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def marble(servers: Servers, transport: str, capsys: pytest.CaptureFixture[str]) -> Marble:
+def marble(servers: Servers, command_transport: str, capsys: pytest.CaptureFixture[str]) -> Marble:
     def run(command: str, *arguments: str) -> tuple[int, str, str]:
-        return (cli.main([command, *servers.flags(transport), *arguments]), *capsys.readouterr())
+        return (cli.main([command, *servers.flags(command_transport), *arguments]), *capsys.readouterr())
 
     return run
 
@@ -1005,13 +1052,13 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("command", [["predict", "x", "x"], ["ready"], ["ready", "x"], ["models"]])
 def test_nobody_there_exits_with_3(
-    command: list[str], transport: str, dead_port: int, capsys: pytest.CaptureFixture[str]
+    command: list[str], command_transport: str, dead_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = f"127.0.0.1:{dead_port}"
-    flags = Servers(Backend(), f"http://{address}", address).flags(transport)
+    flags = Servers(Backend(), f"http://{address}", address).flags(command_transport)
     assert cli.main([*command, *flags]) == 3
     out, err = capsys.readouterr()
-    where = f"http://{address}" if transport == "rest" else address
+    where = f"http://{address}" if command_transport == "rest" else address
     assert (out, err) == ("", f"marble: no server at {where}: start one with scripts/serve\n")
 
 

@@ -10,12 +10,14 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from marble_client.answer import Answer, Input, Json, ServedModel
-from marble_client.client import Client
+from marble_client.client import Client, given_options
 from marble_client.errors import (
     ConnectionFailed,
     MarbleError,
@@ -24,11 +26,13 @@ from marble_client.errors import (
     Timeout,
     Unauthorized,
 )
+from marble_client.many import BATCH_SIZE, CONCURRENCY, PATIENCE_S, Plan
 from marble_client.rest import RestClient
 from marble_client.tokens import Tokens, find_tokens
-from marble_client.wire import is_item_error
+from marble_client.wire import is_item_error, without_details
 
 OK, REFUSED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+CUT = "text was cut to fit the model; --overflow window reads all of it, --overflow error refuses it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(args: argparse.Namespace, client: Client) -> int:
+    given = given_options(top_k=args.top_k, function_to_apply=args.function_to_apply, overflow=args.overflow)
+    parameters = given | dict(args.parameter)
+    if args.input is not None:
+        return _predict_file(args, client, parameters)
     inputs = _inputs(args)
-    given = {"top_k": args.top_k, "function_to_apply": args.function_to_apply, "overflow": args.overflow}
-    parameters: dict[str, Json] = {name: value for name, value in given.items() if value is not None}
-    parameters |= dict(args.parameter)
     single = len(inputs) == 1
     if args.stream:
         return _stream(args, client, inputs, parameters)
@@ -88,16 +93,61 @@ def _predict(args: argparse.Namespace, client: Client) -> int:
         except OSError as error:
             raise ValueError(f"--output {args.output}: {error.strerror}") from None
         return OK
-    shown = {**asdict(answer), "predictions": predictions} if args.details else _without_details(predictions)
+    shown = {**asdict(answer), "predictions": predictions} if args.details else without_details(predictions)
     print(json.dumps(shown, ensure_ascii=False))
     return _outcome(answer, len(inputs))
+
+
+def _predict_file(args: argparse.Namespace, client: Client, parameters: dict[str, Json]) -> int:
+    from marble_client.bulk import Bulk  # takes longer to import than a prediction
+
+    if args.output is None:
+        raise ValueError("--input goes with --output FILE, where the predictions are written")
+    if args.text or args.file or args.json or args.details or args.stream:
+        raise ValueError("--input takes the place of TEXT, and goes without --file, --json, --details and --stream")
+    plan = Plan(
+        args.name,
+        parameters,
+        args.model_version,
+        batch_size=args.batch_size,
+        concurrency=args.concurrency,
+        patience=args.patience,
+    )
+    with Bulk(args.input, args.output, plan, column=args.column, overwrite=args.overwrite) as bulk:
+        try:
+            _with_new_tokens(args, client, bulk.predict)
+        except (KeyboardInterrupt, MarbleError):
+            if bulk.done:
+                _say(f"{bulk.done} of {bulk.rows} rows are done: the same command goes on from there")
+            raise
+        failed, truncated = bulk.finish()
+    if truncated:
+        _say(CUT)
+    if failed:
+        _say(f"{failed} of {bulk.rows} rows failed: the column of errors says why")
+        return REFUSED
+    return OK
+
+
+def _with_new_tokens(args: argparse.Namespace, client: Client, work: Callable[[Client], None]) -> None:
+    """Does the work; should the token be refused, goes on with the one that a restarted server has made."""
+    tokens = find_tokens(args.token)
+    with ExitStack() as stack:
+        while True:
+            try:
+                return work(client)
+            except Unauthorized:
+                former, tokens = tokens, find_tokens(args.token)
+                if tokens.inference == former.inference:
+                    raise
+                client = stack.enter_context(_connect(args, tokens))
 
 
 def _outcome(answer: Answer[Json], count: int) -> int:
     """The exit code for an answer to so many inputs; says what was cut and what failed."""
     predictions = answer.predictions
     if answer.usage.truncated:
-        _say("text was cut to fit the model; --overflow window reads all of it, --overflow error refuses it")
+        _say(CUT)
     failed = sum(map(is_item_error, predictions)) if isinstance(predictions, list) else 0
     if failed:
         _say(f"{failed} of {count} inputs failed")
@@ -109,9 +159,8 @@ def _explain(args: argparse.Namespace, client: Client) -> int:
     if not isinstance(client, RestClient):
         raise ValueError("TorchServe explains over REST: leave --grpc out")
     inputs = _inputs(args)
-    given = {"method": args.method, "top_k": args.top_k, "overflow": args.overflow}
-    parameters: dict[str, Json] = {name: value for name, value in given.items() if value is not None}
-    parameters |= dict(args.parameter)
+    given = given_options(method=args.method, top_k=args.top_k, overflow=args.overflow)
+    parameters = given | dict(args.parameter)
     single = len(inputs) == 1
     answer = client.explain(args.name, inputs[0] if single else inputs, parameters, version=args.model_version)
     print(json.dumps(asdict(answer) if args.details else answer.predictions, ensure_ascii=False))
@@ -137,15 +186,6 @@ def _stream(args: argparse.Namespace, client: Client, inputs: list[Input], param
 def _harmless(text: str) -> str:
     """A model's words must not steer the terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)
-
-
-def _without_details(predictions: Json) -> Json:
-    """Predictions without what is told of each token of a generated text."""
-    if isinstance(predictions, list):
-        return [_without_details(entry) for entry in predictions]
-    if isinstance(predictions, dict) and "generated_text" in predictions:
-        return {name: value for name, value in predictions.items() if name != "details"}
-    return predictions
 
 
 def _ready(args: argparse.Namespace, client: Client) -> int:
@@ -265,11 +305,23 @@ def _say(message: str) -> None:
     print("marble:", "".join(char if char.isprintable() else "?" for char in line), file=sys.stderr)
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    """The arguments of what is predicted or explained."""
+class _InsteadOfText(argparse.Action):
+    """An option that has no TEXT be required."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, text: argparse.Action, **options: Any) -> None:
+        super().__init__(option_strings, dest, **options)
+        self._text = text
+
+    def __call__(self, _: object, namespace: argparse.Namespace, values: object, option: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        self._text.required = False
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> argparse.Action:
+    """Adds the arguments of what is predicted or explained; returns that of the texts."""
     add = parser.add_argument
     add("name", metavar="NAME", help="the model")
-    add("text", metavar="TEXT", nargs="+", help="a text, or - for one text per line of standard input")
+    text = add("text", metavar="TEXT", nargs="+", help="a text, or - for one text per line of standard input")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--file", action="store_true", help="the texts are names of image or sound files")
     kind.add_argument("--json", action="store_true", help='the texts are JSON, e.g. {"question": "…", "context": "…"}')
@@ -278,6 +330,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--top-k", metavar="N", type=int, help="how many labels")
     add("--overflow", choices=["error", "truncate", "window"], help="what to do with long texts")
     add("--version", dest="model_version", metavar="V", help="the model's version")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -303,8 +356,10 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict",
         parents=[server],
-        help="predict for one input or several",
-        description="Print predictions as JSON: the result for one input, a list of results for several.",
+        usage="%(prog)s [options] NAME (TEXT … | --input FILE --output FILE)",
+        help="predict for one input, several, or those of a file",
+        description="Print predictions as JSON: the result for one input, a list of results for several.\n"
+        "Or predict for every row of a csv, jsonl or parquet file, and write another file.",
         epilog="examples:\n"
         "  marble predict sentiment 'what a film' --top-k 1\n"
         "  marble predict sentiment - --grpc --details < texts.txt\n"
@@ -312,14 +367,33 @@ def _parser() -> argparse.ArgumentParser:
         "  marble predict digits --file seven.png\n"
         '  marble predict qa --json \'{"question": "Who came?", "context": "Ann came late."}\'\n'
         "  marble predict poet 'O Romeo' -p max_new_tokens=40 -p do_sample=true --stream\n"
-        "  marble predict voice 'good morning' --output morning.wav",
+        "  marble predict voice 'good morning' --output morning.wav\n"
+        "  marble predict sentiment --input reviews.csv --output scored.parquet",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_inputs(predict)
+    text = _add_inputs(predict)
     add = predict.add_argument
-    add("--output", metavar="FILE", type=Path, help="where to write the image or sound that the model answers with")
+    add("--output", metavar="FILE", type=Path, help="where to write the image or sound, or what --input gives")
     add("--stream", action="store_true", help="print a text as it is generated (over REST)")
     add("--function-to-apply", choices=["softmax", "sigmoid", "none"], help="how to score")
+    table = predict.add_argument_group(
+        "a file of any size",
+        "Every row of --input goes to --output with its prediction. Given again, the command of a\n"
+        "run that was cut off goes on where it was.",
+    )
+    add = table.add_argument
+    add("--input", metavar="FILE", type=Path, action=_InsteadOfText, text=text, help="a csv, jsonl or parquet file")
+    add("--column", metavar="NAME", help="the input's (text; or the two of a pair, or question and context)")
+    add("--overwrite", action="store_true", help="replace an output that is there")
+    add("--batch-size", metavar="N", type=int, default=BATCH_SIZE, help="rows in a request (%(default)s)")
+    add("--concurrency", metavar="N", type=int, default=CONCURRENCY, help="requests under way (%(default)s)")
+    add(
+        "--patience",
+        metavar="S",
+        type=float,
+        default=PATIENCE_S,
+        help="seconds to wait through a restart (%(default)g)",
+    )
 
     explain = commands.add_parser(
         "explain",

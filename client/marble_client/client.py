@@ -1,16 +1,17 @@
 """The interface of a client, and what its transports share."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Protocol, Self, overload
 
 from marble_client.answer import Answer, Input, ItemError, Json, Label, ServedModel
 from marble_client.errors import BadResponse, NotFound, error_for
+from marble_client.many import BATCH_SIZE, CONCURRENCY, PATIENCE_S, Plan, predict_batches
 from marble_client.retry import Deadline, with_retries
 from marble_client.wire import (
     CANARY,
-    check_name,
+    check_model,
     decode_answer,
     decode_description,
     decode_drift,
@@ -107,19 +108,30 @@ class Client(Protocol):
         One text gives its labels. A list gives one entry for each text, in order: its labels, or an
         ItemError where that text alone failed. Options left at None are the model's own.
         """
-        options = {"top_k": top_k, "function_to_apply": function_to_apply, "overflow": overflow}
-        given = {name: value for name, value in options.items() if value is not None}
-        single = isinstance(texts, str)
-        answer = self.predict(model, texts, given, version=version, timeout=timeout)
-        count = 1 if single else len(texts)
-        if not isinstance(answer.predictions, list) or len(answer.predictions) != count:
-            raise BadResponse(f"the server did not answer with {count} predictions for {count} texts")
-        entries = [decode_labels(entry) for entry in answer.predictions]
-        if not single:
-            return Answer(entries, answer.usage, answer.model)
-        if isinstance(entries[0], ItemError):
-            raise error_for(entries[0].code, entries[0].type, entries[0].error)
-        return Answer(entries[0], answer.usage, answer.model)
+        given = given_options(top_k=top_k, function_to_apply=function_to_apply, overflow=overflow)
+        return classified(texts, self.predict(model, texts, given, version=version, timeout=timeout))
+
+    def predict_many(
+        self,
+        model: str,
+        inputs: Iterable[Input],
+        parameters: Mapping[str, Json] | None = None,
+        *,
+        version: str | None = None,
+        batch_size: int = BATCH_SIZE,
+        concurrency: int = CONCURRENCY,
+        patience: float = PATIENCE_S,
+        timeout: float | None = None,
+    ) -> Iterator[Json | ItemError]:
+        """Predict for any number of inputs, in constant memory: one result for each, in order.
+
+        `batch_size` inputs travel in a request, and `concurrency` requests are under way. An input that fails is an
+        ItemError in its place. For `patience` seconds a request waits through the server's trouble: besides what every
+        call tries again, a lost connection, a worker that died, an answer later than `timeout` (seconds a request).
+        What no input is to blame for is raised, after the results before it.
+        """
+        plan = Plan(model, parameters, version, batch_size, concurrency, patience, timeout)
+        return (result for batch in predict_batches(self, inputs, plan) for result in batch.results)
 
     def __enter__(self) -> Self:
         return self
@@ -194,19 +206,31 @@ class TransportClient(Client):
             names += found
             if following is None:
                 return names
-            if following <= page:
-                raise BadResponse("the list of models has pages that do not advance")
             page = following
 
     def _page(self, page: int, deadline: Deadline) -> tuple[list[str], int | None]:
-        return with_retries(lambda: decode_page(self._list(page, deadline)), deadline)
+        return with_retries(lambda: decode_page(self._list(page, deadline), page), deadline)
 
     def _described(self, model: str, version: str | None, deadline: Deadline) -> ServedModel:
         return with_retries(lambda: decode_description(self._describe(model, version, deadline)), deadline)
 
 
-def check_model(model: str, version: str | None) -> None:
-    """Raises ValueError for what can be no name or version of a model."""
-    check_name(model, "model name")
-    if version is not None:
-        check_name(version, "model version")
+def given_options(**options: Json) -> dict[str, Json]:
+    """Those that are not left at None, which is the model's own."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def classified(
+    texts: str | Sequence[str], answer: Answer[Json]
+) -> Answer[list[Label]] | Answer[list[list[Label] | ItemError]]:
+    """The answer to a classification of one text or several. Raises BadResponse if it is no such answer."""
+    single = isinstance(texts, str)
+    count = 1 if single else len(texts)
+    if not isinstance(answer.predictions, list) or len(answer.predictions) != count:
+        raise BadResponse(f"the server did not answer with {count} predictions for {count} texts")
+    entries = [decode_labels(entry) for entry in answer.predictions]
+    if not single:
+        return Answer(entries, answer.usage, answer.model)
+    if isinstance(entries[0], ItemError):
+        raise error_for(entries[0].code, entries[0].type, entries[0].error)
+    return Answer(entries[0], answer.usage, answer.model)

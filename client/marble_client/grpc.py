@@ -3,12 +3,15 @@
 import importlib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
+import grpc.aio
 from google.protobuf.runtime_version import VersionError
 
+from marble_client.aio import AsyncClient
 from marble_client.client import TransportClient
 from marble_client.errors import ConnectionFailed, MarbleError, StubsMissing, error_for
 from marble_client.retry import Deadline
@@ -50,43 +53,54 @@ class GrpcClient(TransportClient):
         timeout: float = 30.0,
     ) -> None:
         super().__init__(timeout)
-        self._inference_messages, inference_service = _stubs("inference")
-        self._management_messages, management_service = _stubs("management")
-        self._inference = _Endpoint(target, token)
-        self._management = _Endpoint(management_target, management_token)
-        self._inference_stub = inference_service.InferenceAPIsServiceStub(self._inference.channel)
-        self._management_stub = management_service.ManagementAPIsServiceStub(self._management.channel)
+        self._services = _Services(grpc, target, management_target, token, management_token)
 
     def close(self) -> None:
-        self._inference.channel.close()
-        self._management.channel.close()
+        for endpoint in self._services.endpoints:
+            endpoint.channel.close()
 
     def _predict(self, model: str, version: str | None, body: bytes, deadline: Deadline) -> bytes:
-        # TorchServe hands no metadata on to the handler, but every input.
-        fields = {"data": body, "traceparent": traceparent().encode()}
-        request = self._inference_messages.PredictionsRequest(
-            model_name=model, model_version=version or "", input=fields
-        )
-        reply = self._inference.exchange(self._inference_stub.Predictions, request, deadline)
-        return bytes(reply.prediction)
+        return bytes(_exchange(self._services.predict(model, version, body), deadline).prediction)
 
     def _describe(self, model: str, version: str | None, deadline: Deadline) -> bytes:
-        messages = self._management_messages
-        request = messages.DescribeModelRequest(model_name=model, model_version=version or "")
-        reply = self._management.exchange(self._management_stub.DescribeModel, request, deadline)
-        return str(reply.msg).encode()
+        return str(_exchange(self._services.describe(model, version), deadline).msg).encode()
 
     def _list(self, page: int, deadline: Deadline) -> bytes:
-        # Without a limit TorchServe answers with empty pages for ever.
-        request = self._management_messages.ListModelsRequest(limit=100, next_page_token=page)
-        reply = self._management.exchange(self._management_stub.ListModels, request, deadline)
-        return str(reply.msg).encode()
+        return str(_exchange(self._services.list(page), deadline).msg).encode()
+
+
+class AsyncGrpcClient(AsyncClient):
+    """An AsyncClient over gRPC; otherwise as GrpcClient."""
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:7070",
+        management_target: str = "127.0.0.1:7071",
+        token: str | None = None,
+        management_token: str | None = None,
+        timeout: float = 30.0,
+    ) -> None:
+        super().__init__(timeout)
+        self._services = _Services(grpc.aio, target, management_target, token, management_token)
+
+    async def close(self) -> None:
+        for endpoint in self._services.endpoints:
+            await endpoint.channel.close()
+
+    async def _predict(self, model: str, version: str | None, body: bytes, deadline: Deadline) -> bytes:
+        return bytes((await _exchange_async(self._services.predict(model, version, body), deadline)).prediction)
+
+    async def _describe(self, model: str, version: str | None, deadline: Deadline) -> bytes:
+        return str((await _exchange_async(self._services.describe(model, version), deadline)).msg).encode()
+
+    async def _list(self, page: int, deadline: Deadline) -> bytes:
+        return str((await _exchange_async(self._services.list(page), deadline)).msg).encode()
 
 
 class _Endpoint:
-    """One target with its token and its channel."""
+    """One target with its token and its channel, which is of `channels`: grpc or grpc.aio."""
 
-    def __init__(self, target: str, token: str | None) -> None:
+    def __init__(self, channels: Any, target: str, token: str | None) -> None:
         tls = target.startswith("https://")
         host = target.removeprefix("https://")
         parts = urlsplit(f"//{host}")
@@ -102,22 +116,21 @@ class _Endpoint:
         authorization = bearer(token)
         self._metadata = [("authorization", authorization)] if authorization is not None else []
         self.channel = (
-            grpc.secure_channel(host, grpc.ssl_channel_credentials(), options)
+            channels.secure_channel(host, grpc.ssl_channel_credentials(), options)
             if tls
-            else grpc.insecure_channel(host, options)
+            else channels.insecure_channel(host, options)
         )
 
-    def exchange(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:
-        """Make one call; returns the reply's message."""
-        try:
-            metadata = [*self._metadata, ("traceparent", traceparent())]
-            return method(request, timeout=deadline.left(), metadata=metadata)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise deadline.missed() from error
-            raise self._failure(error.code(), error.details() or "") from error
+    def terms(self, deadline: Deadline) -> dict[str, Any]:
+        """How a call is made: by when, and with what metadata."""
+        return {"timeout": deadline.left(), "metadata": [*self._metadata, ("traceparent", traceparent())]}
 
-    def _failure(self, status: grpc.StatusCode, details: str) -> MarbleError:
+    def failure(self, error: Any, deadline: Deadline) -> MarbleError:
+        """A call's RpcError in terms of our errors."""
+        status: grpc.StatusCode = error.code()
+        details: str = error.details() or ""
+        if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return deadline.missed()
         if status is grpc.StatusCode.UNAVAILABLE:
             if _NOT_CONNECTED.search(details):
                 message = f"no server at {self._target}: start one with scripts/serve"
@@ -138,6 +151,63 @@ class _Endpoint:
         elif _OVERSIZED.search(details):
             code = 413
         return error_for(code, kind, message or f"the server answered with gRPC status {status.name}")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call to be made."""
+
+    endpoint: _Endpoint
+    method: Callable[..., Any]
+    request: Any
+
+
+class _Services:
+    """TorchServe's two services, and what is said to them."""
+
+    def __init__(
+        self, channels: Any, target: str, management_target: str, token: str | None, management_token: str | None
+    ) -> None:
+        self._inference_messages, inference_service = _stubs("inference")
+        self._management_messages, management_service = _stubs("management")
+        self._inference = _Endpoint(channels, target, token)
+        self._management = _Endpoint(channels, management_target, management_token)
+        self.endpoints = (self._inference, self._management)
+        self._inference_stub = inference_service.InferenceAPIsServiceStub(self._inference.channel)
+        self._management_stub = management_service.ManagementAPIsServiceStub(self._management.channel)
+
+    def predict(self, model: str, version: str | None, body: bytes) -> _Call:
+        # TorchServe hands no metadata on to the handler, but every input.
+        fields = {"data": body, "traceparent": traceparent().encode()}
+        request = self._inference_messages.PredictionsRequest(
+            model_name=model, model_version=version or "", input=fields
+        )
+        return _Call(self._inference, self._inference_stub.Predictions, request)
+
+    def describe(self, model: str, version: str | None) -> _Call:
+        request = self._management_messages.DescribeModelRequest(model_name=model, model_version=version or "")
+        return _Call(self._management, self._management_stub.DescribeModel, request)
+
+    def list(self, page: int) -> _Call:
+        # Without a limit TorchServe answers with empty pages for ever.
+        request = self._management_messages.ListModelsRequest(limit=100, next_page_token=page)
+        return _Call(self._management, self._management_stub.ListModels, request)
+
+
+def _exchange(call: _Call, deadline: Deadline) -> Any:
+    """Make one call; returns the reply's message."""
+    try:
+        return call.method(call.request, **call.endpoint.terms(deadline))
+    except grpc.RpcError as error:
+        raise call.endpoint.failure(error, deadline) from error
+
+
+async def _exchange_async(call: _Call, deadline: Deadline) -> Any:
+    """Make one call; returns the reply's message."""
+    try:
+        return await call.method(call.request, **call.endpoint.terms(deadline))
+    except grpc.RpcError as error:
+        raise call.endpoint.failure(error, deadline) from error
 
 
 def _stubs(name: str) -> tuple[Any, Any]:

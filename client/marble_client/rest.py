@@ -10,14 +10,15 @@ import requests
 import urllib3
 
 from marble_client.answer import Answer, Input, Json, Token
-from marble_client.client import TransportClient, check_model
+from marble_client.client import TransportClient
 from marble_client.errors import BadResponse, ConnectionFailed, MarbleError
 from marble_client.retry import Deadline, with_retries
 from marble_client.tokens import bearer, is_loopback
 from marble_client.trace import traceparent
-from marble_client.wire import decode_answer, decode_error, decode_event, encode_request
+from marble_client.wire import check_model, decode_answer, decode_error, decode_event, encode_request
 
 CHUNK_BYTES = 64 * 1024
+MOST_CONNECTIONS = 64  # kept open for threads that share a client; requests' own pool keeps ten
 
 
 class RestClient(TransportClient):
@@ -58,7 +59,7 @@ class RestClient(TransportClient):
         deadline = Deadline(self._timeout if timeout is None else timeout)
 
         def begin() -> tuple[Token | None, Generator[Token]]:
-            tokens = self._tokens(f"/predictions/{_path(model, version)}", body, deadline)
+            tokens = self._tokens(f"/predictions/{model_path(model, version)}", body, deadline)
             return next(tokens, None), tokens
 
         first, rest = with_retries(begin, deadline)
@@ -77,7 +78,7 @@ class RestClient(TransportClient):
         check_model(model, version)
         body = encode_request(inputs, parameters)
         deadline = Deadline(self._timeout if timeout is None else timeout)
-        path = f"/explanations/{_path(model, version)}"
+        path = f"/explanations/{model_path(model, version)}"
         return with_retries(
             lambda: decode_answer(self._inference.exchange("POST", path, deadline, body=body)), deadline
         )
@@ -89,10 +90,10 @@ class RestClient(TransportClient):
                     yield token
 
     def _predict(self, model: str, version: str | None, body: bytes, deadline: Deadline) -> bytes:
-        return self._inference.exchange("POST", f"/predictions/{_path(model, version)}", deadline, body=body)
+        return self._inference.exchange("POST", f"/predictions/{model_path(model, version)}", deadline, body=body)
 
     def _describe(self, model: str, version: str | None, deadline: Deadline) -> bytes:
-        return self._management.exchange("GET", f"/models/{_path(model, version)}", deadline)
+        return self._management.exchange("GET", f"/models/{model_path(model, version)}", deadline)
 
     def _list(self, page: int, deadline: Deadline) -> bytes:
         return self._management.exchange("GET", f"/models?limit=100&next_page_token={page}", deadline)
@@ -102,14 +103,13 @@ class _Endpoint:
     """One base URL with its token and its pool of connections."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no http:// or https:// address")
+        host = host_of(url)
         self._url = url.rstrip("/")
         # A local server is never behind a proxy, whatever the environment says.
-        self._proxies = {"no_proxy": parts.hostname} if is_loopback(parts.hostname) else None
+        self._proxies = {"no_proxy": host} if is_loopback(host) else None
         self._authorization = bearer(token)
         self._session = requests.Session()
+        self._session.mount(self._url, requests.adapters.HTTPAdapter(pool_maxsize=MOST_CONNECTIONS))
         # Set even when there is no token: else requests would send what ~/.netrc has for this host.
         self._session.auth = self._authorize
 
@@ -139,8 +139,7 @@ class _Endpoint:
                 method,
                 self._url + path,
                 data=body,
-                headers={"traceparent": traceparent()}
-                | ({"Content-Type": "application/json"} if body is not None else {}),
+                headers=headers(body),
                 timeout=deadline.left(),
                 proxies=self._proxies,
                 allow_redirects=False,
@@ -157,11 +156,7 @@ class _Endpoint:
     def _content(self, response: requests.Response, deadline: Deadline) -> bytes:
         """The whole body of a reply. Raises the error that it is instead."""
         content = b"".join(_chunks(response, deadline))
-        if response.status_code >= 400:
-            raise decode_error(response.status_code, content, _retry_after(response))
-        if response.status_code >= 300:
-            raise BadResponse(f"{self._url} redirects elsewhere: give the server's own address")
-        return content
+        return good(self._url, response.status_code, content, response.headers.get("Retry-After", ""))
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._authorization is not None:
@@ -172,14 +167,51 @@ class _Endpoint:
         cause = error.args[0] if error.args else error
         reason = getattr(cause, "reason", cause)
         if isinstance(reason, urllib3.exceptions.NameResolutionError):
-            return ConnectionFailed(f"cannot find the host of {self._url}: check the address", sent=False)
+            return no_host(self._url)
         if isinstance(reason, urllib3.exceptions.NewConnectionError):
-            return ConnectionFailed(f"no server at {self._url}: start one with scripts/serve", sent=False)
-        message = f"the connection to {self._url} failed before an answer came: {reason}"
-        return ConnectionFailed(message, sent=True)
+            return no_server(self._url)
+        return hung_up(self._url, reason)
 
 
-def _path(model: str, version: str | None) -> str:
+def host_of(url: str) -> str:
+    """The host of an address. Raises ValueError if it is none of HTTP."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is no http:// or https:// address")
+    return parts.hostname
+
+
+def headers(body: bytes | None) -> dict[str, str]:
+    """Those of a request, but for its token."""
+    return {"traceparent": traceparent()} | ({} if body is None else {"Content-Type": "application/json"})
+
+
+def good(url: str, status: int, content: bytes, retry_after: str) -> bytes:
+    """The body of a reply. Raises the error that it is instead; `retry_after` is its header."""
+    if status >= 400:
+        raise decode_error(status, content, _seconds(retry_after.strip()))
+    if status >= 300:
+        raise BadResponse(f"{url} redirects elsewhere: give the server's own address")
+    return content
+
+
+def no_host(url: str) -> ConnectionFailed:
+    """What is raised when a name has no address."""
+    return ConnectionFailed(f"cannot find the host of {url}: check the address", sent=False)
+
+
+def no_server(url: str) -> ConnectionFailed:
+    """What is raised when nobody listens."""
+    return ConnectionFailed(f"no server at {url}: start one with scripts/serve", sent=False)
+
+
+def hung_up(url: str, reason: object) -> ConnectionFailed:
+    """What is raised when a connection broke."""
+    return ConnectionFailed(f"the connection to {url} failed before an answer came: {reason}", sent=True)
+
+
+def model_path(model: str, version: str | None) -> str:
+    """The end of an address that names a model."""
     return model if version is None else f"{model}/{version}"
 
 
@@ -208,9 +240,8 @@ def _chunks(response: requests.Response, deadline: Deadline) -> Iterator[bytes]:
         yield chunk
 
 
-def _retry_after(response: requests.Response) -> float | None:
-    """Seconds to wait, from a header that holds either seconds or a date."""
-    value = response.headers.get("Retry-After", "").strip()
+def _seconds(value: str) -> float | None:
+    """How long to wait, from a header that holds either seconds or a date."""
     if value.isdecimal():
         return float(value)
     try:

@@ -25,6 +25,13 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def check_model(model: str, version: str | None) -> None:
+    """Raises ValueError for what can be no name or version of a model."""
+    check_name(model, "model name")
+    if version is not None:
+        check_name(version, "model version")
+
+
 def encode_request(inputs: Input, parameters: Mapping[str, Json] | None, *, stream: bool = False) -> bytes:
     """A request's body, bytes as base64. Raises ValueError or TypeError for what JSON cannot say, NaN included."""
     request: dict[str, Input] = {"inputs": inputs, "parameters": {**(parameters or {}), "details": True}}
@@ -43,7 +50,7 @@ def _base64(value: object) -> str:
 def decode_answer(body: bytes) -> Answer[Json]:
     """The answer in a reply. Raises the error it carries instead, or BadResponse."""
     reply = _parse(body)
-    item = _item_error(reply)
+    item = item_error(reply)
     if item is not None:
         # gRPC carries no status of its own for these.
         raise error_for(item.code, item.type, item.error)
@@ -95,7 +102,7 @@ def decode_drift(predictions: Json) -> float:
 
 def decode_labels(entry: Json) -> list[Label] | ItemError:
     """One entry of a text classification's predictions."""
-    error = _item_error(entry)
+    error = item_error(entry)
     if error is not None:
         return error
     if not isinstance(entry, list):
@@ -117,8 +124,8 @@ def decode_error(code: int, body: bytes, retry_after: float | None) -> MarbleErr
     return error_for(code, None, f"the server answered with HTTP status {code}", retry_after)
 
 
-def decode_page(body: bytes) -> tuple[list[str], int | None]:
-    """One page of the list of models: their names, and the next page's token if there is one."""
+def decode_page(body: bytes, page: int) -> tuple[list[str], int | None]:
+    """The list of models from `page` on: their names, and the next page's token if there is one."""
     reply = _parse(body)
     names = [_take(model, "modelName", str) for model in _take(reply, "models", list)]
     if not isinstance(reply, dict) or reply.get("nextPageToken") is None:
@@ -126,6 +133,8 @@ def decode_page(body: bytes) -> tuple[list[str], int | None]:
     token = _take(reply, "nextPageToken", str)
     if not token.isdecimal():
         raise BadResponse("the list of models has a page token that is not a number")
+    if int(token) <= page:
+        raise BadResponse("the list of models has pages that do not advance")
     return names, int(token)
 
 
@@ -140,12 +149,22 @@ def decode_description(body: bytes) -> ServedModel:
     return ServedModel(_take(model, "modelName", str), _take(model, "modelVersion", str), ready, len(workers))
 
 
+def without_details(predictions: Json) -> Json:
+    """Predictions without what is told of each token of a generated text."""
+    if isinstance(predictions, list):
+        return [without_details(entry) for entry in predictions]
+    if isinstance(predictions, dict) and "generated_text" in predictions:
+        return {name: value for name, value in predictions.items() if name != "details"}
+    return predictions
+
+
 def is_item_error(value: Json) -> bool:
     """Whether a prediction, or a whole reply, is the handler's error object."""
     return isinstance(value, dict) and value.keys() == {"error", "code", "type"}
 
 
-def _item_error(value: Json) -> ItemError | None:
+def item_error(value: Json) -> ItemError | None:
+    """The handler's error object as a value; None for anything else."""
     if not is_item_error(value):
         return None
     return ItemError(_take(value, "error", str), _take(value, "code", int), _take(value, "type", str))
