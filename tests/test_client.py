@@ -546,6 +546,11 @@ def test_torchserves_error_is_the_same_on_both_transports(
         ),
         (grpc.StatusCode.UNAVAILABLE, "no\norg.x.InternalServerException", marble_client.Unavailable),
         (grpc.StatusCode.UNAVAILABLE, "Socket closed", marble_client.ConnectionFailed),
+        (
+            grpc.StatusCode.CANCELLED,
+            "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))",
+            marble_client.ConnectionFailed,
+        ),
         (grpc.StatusCode.UNIMPLEMENTED, "no", marble_client.ServerError),
         (grpc.StatusCode.UNKNOWN, "", marble_client.ServerError),
     ],

@@ -131,7 +131,8 @@ class _Endpoint:
         details: str = error.details() or ""
         if status is grpc.StatusCode.DEADLINE_EXCEEDED:
             return deadline.missed()
-        if status is grpc.StatusCode.UNAVAILABLE:
+        # CANCELLED is a stream that the server reset, as it does where a message is too large.
+        if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
             if _NOT_CONNECTED.search(details):
                 message = f"no server at {self._target}: start one with scripts/serve"
                 return ConnectionFailed(message, sent=False)
