@@ -49,11 +49,14 @@ def main() -> None:
         from console.app import STYLE, THEME, page
 
         try:
-            page(connection, Path(folder)).queue(default_concurrency_limit=8).launch(
+            blocks = page(connection, Path(folder)).queue(default_concurrency_limit=8)
+            blocks.launch(
                 server_name=args.host,
                 server_port=args.port,
                 share=False,
                 footer_links=[],
+                quiet=True,
+                prevent_thread_lock=True,
                 theme=THEME,
                 css=STYLE,
                 ssr_mode=False,
@@ -62,8 +65,10 @@ def main() -> None:
                 enable_monitoring=False,
                 app_kwargs={"middleware": [Middleware(Policy)]},
             )
-        except OSError as error:
-            sys.exit(f"scripts/console: {error}; choose another with --port")
+        except OSError:
+            sys.exit(f"scripts/console: port {args.port} on {args.host} is not free: choose another with --port")
+        print(f"the console is at {blocks.local_url}", flush=True)
+        blocks.block_thread()
 
 
 def _parser() -> argparse.ArgumentParser:

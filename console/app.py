@@ -28,6 +28,13 @@ THEME = gr.themes.Default(
     # The system's own: nothing is fetched.
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
+).set(
+    # Darker than Gradio's own, which are too pale to read: https://www.w3.org/TR/WCAG22/#contrast-minimum
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
 )
 
 
@@ -82,7 +89,7 @@ class Console:
             "".join(map(render.fault, faults)),
             gr.skip() if now.names == seen.names and now.model == seen.model else _choice(now),
             now,
-            *([gr.skip()] * 5 if (now.model, now.task) == (seen.model, seen.task) else _form(tasks.of(now.task))),
+            *([gr.skip()] * 13 if (now.model, now.task) == (seen.model, seen.task) else _form(now)),
         ]
 
     def _identify(self, model: str, version: str) -> ModelInfo:
@@ -102,6 +109,7 @@ class Console:
             name = _chosen(seen)
             asked = (self._connection.url.rstrip("/"), name, inputs, given, file)
             calls = [snippets.curl(*asked), snippets.python(*asked), snippets.grpc(*asked)]
+            yield [_EMPTY, render.waiting("Asking …"), _EMPTY, *calls]
             started = time.perf_counter()
             with self._connection.open() as client:
                 if task.streamed and isinstance(inputs, str):
@@ -123,19 +131,20 @@ class Console:
 
     def explain(
         self, seen: Seen, first: str, second: str, image: str | None, audio: str | None, parameters: str
-    ) -> list[Any]:
+    ) -> Iterator[list[Any]]:
         """Explanation and facts."""
         task = tasks.of(seen.task)
         try:
             inputs, given, file = _request(task, first, second, image or audio, parameters)
+            yield [_EMPTY, render.waiting("Explaining …")]
             started = time.perf_counter()
             with self._connection.open() as client:
                 answer = client.explain(_chosen(seen), inputs, given)
             facts = render.facts(time.perf_counter() - started, answer.usage, answer.model)
             picture = inputs if isinstance(inputs, bytes) and file else None
-            return [render.explanation(_dict(answer.predictions), inputs, picture), facts]
+            yield [render.explanation(_dict(answer.predictions), inputs, picture), facts]
         except (MarbleError, ValueError) as error:
-            return [render.fault(self._connection.words(error)), _EMPTY]
+            yield [render.fault(self._connection.words(error)), _EMPTY]
 
     def predict_csv(self, seen: Seen, content: bytes | None, parameters: str) -> Iterator[list[Any]]:
         """What is done so far, and at the end the csv with predictions."""
@@ -157,7 +166,7 @@ class Console:
             yield [render.fault(self._connection.words(error)), nothing]
             return
         with tempfile.NamedTemporaryFile(
-            "w", dir=self._folder, prefix=f"{name}-", suffix=".csv", delete=False, encoding="utf-8", newline=""
+            "w", dir=self._folder, prefix="predictions-", suffix=".csv", delete=False, encoding="utf-8", newline=""
         ) as file:
             file.write(batch.write(done))
         yield [render.outcome(done), gr.update(visible=True, value=file.name)]
@@ -167,15 +176,23 @@ def _choice(seen: Seen) -> Any:
     return gr.update(choices=list(seen.names), value=seen.model)
 
 
-def _form(task: tasks.Task) -> list[Any]:
-    """Updates of the fields and of the button that explains."""
+def _form(seen: Seen) -> list[Any]:
+    """Updates of the fields and of the button that explains. What another model answered goes."""
+    task = tasks.of(seen.task)
     return [
         gr.update(label=task.first, visible=task.media is None),
         gr.update(label=task.second or "", visible=task.second is not None),
         gr.update(visible=task.media == "image", value=None),
         gr.update(visible=task.media == "audio", value=None),
         gr.update(visible=task.explained),
+        gr.update(label=_csv_label(task)),
+        render.heading(seen.model, seen.task),
+        *[_EMPTY] * 6,
     ]
+
+
+def _csv_label(task: tasks.Task) -> str:
+    return f"csv with {' and '.join(task.needed)}" if task.columns else "csv"
 
 
 def _chosen(seen: Seen) -> str:
@@ -225,7 +242,6 @@ def page(connection: Connection, folder: Path) -> gr.Blocks:
     """The page, not yet served."""
     console = Console(connection, folder)
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    busy: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
     with gr.Blocks(title="Marble console", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         seen = gr.State(Seen())
         gr.HTML("<h1>Marble console</h1>")
@@ -237,7 +253,7 @@ def page(connection: Connection, folder: Path) -> gr.Blocks:
             refresh = gr.Button("Refresh", elem_id="refresh")
         with gr.Tabs():
             with gr.Tab("Ask"):
-                gr.HTML("<h2>Ask</h2>")
+                heading = gr.HTML("<h2>Ask</h2>", elem_id="chosen")
                 first = gr.Textbox(label="Text", lines=3, elem_id="first")
                 second = gr.Textbox(label="Second text", lines=3, visible=False, elem_id="second")
                 image = gr.Image(
@@ -263,8 +279,15 @@ def page(connection: Connection, folder: Path) -> gr.Blocks:
                 explanation = gr.HTML(_EMPTY, elem_id="explanation")
                 gr.HTML("<h3>The same call from elsewhere</h3>")
                 calls = [
-                    gr.Code(label=label, language=language, interactive=False, wrap_lines=True, elem_id=label.lower())
-                    for label, language in (("curl", "shell"), ("Python", "python"), ("gRPC", "python"))
+                    gr.Textbox(
+                        label=label,
+                        interactive=False,
+                        max_lines=20,
+                        buttons=["copy"],
+                        elem_id=name,
+                        elem_classes="code",
+                    )
+                    for label, name in (("curl", "curl"), ("Python", "python"), ("gRPC, from Python", "grpc"))
                 ]
             with gr.Tab("Batch"):
                 gr.HTML("<h2>Batch</h2><p>A csv in, the same csv with predictions out.</p>")
@@ -274,14 +297,15 @@ def page(connection: Connection, folder: Path) -> gr.Blocks:
                 outcome = gr.HTML(_EMPTY, elem_id="outcome")
                 download = gr.DownloadButton("Download the csv", visible=False, elem_id="download")
 
-        looked = [table, status, model, seen, first, second, image, audio, explain]
+        answered = [answer, facts, explanation, *calls]
+        looked = [table, status, model, seen, first, second, image, audio, explain, csv, heading, *answered]
         blocks.load(console.look, [model, seen], looked, **quiet)
         blocks.load(None, js=_LIVE)
         gr.Timer(LOOK_EVERY_S).tick(console.look, [model, seen], looked, **quiet)
         model.input(console.look, [model, seen], looked, **quiet)
         refresh.click(console.refresh, [model, seen], looked, **quiet)
         asked = [seen, first, second, image, audio, parameters]
-        ask.click(console.ask, asked, [answer, facts, explanation, *calls], **busy)
-        explain.click(console.explain, asked, [explanation, facts], **busy)
+        ask.click(console.ask, asked, answered, **quiet)
+        explain.click(console.explain, asked, [explanation, facts], **quiet)
         start.click(console.predict_csv, [seen, csv, batch_parameters], [outcome, download], **quiet)
     return blocks

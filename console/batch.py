@@ -23,11 +23,10 @@ def read(content: bytes, task: Task) -> list[dict[str, str]]:
     try:
         rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), restkey="", restval="")
         header = rows.fieldnames or []
-        wanted = task.columns[:1] if task.optional else task.columns
-        if missing := [name for name in wanted if name not in header]:
+        if missing := [name for name in task.needed if name not in header]:
             found = ", ".join(header) or "none"
             raise ValueError(
-                f"the csv has no column {missing[0]!r}; this model wants {', '.join(wanted)}; found: {found}"
+                f"the csv has no column {missing[0]!r}; this model wants {', '.join(task.needed)}; found: {found}"
             )
         if taken := [name for name in ADDED if name in header]:
             raise ValueError(f"the csv has a column {taken[0]!r} already, which would be overwritten: rename it")

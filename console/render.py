@@ -185,9 +185,19 @@ def models(served: Sequence[ServedModel], known: Mapping[str, ModelInfo]) -> str
     )
 
 
+def waiting(words: str) -> str:
+    """That an answer is on its way."""
+    return f"<p>{escape(words)}</p>"
+
+
 def fault(words: str) -> str:
     """What went wrong; read aloud at once."""
     return f'<p class="fault" role="alert">{escape(words)}</p>'
+
+
+def heading(model: str | None, task: str | None) -> str:
+    """Of the form that asks a model."""
+    return f"<h2>Ask {escape(model or '')}</h2><p>{escape(task or '')}</p>"
 
 
 def progress(done: int, rows: int) -> str:

@@ -32,6 +32,11 @@ class Task:
     explained: bool = False
     streamed: bool = False
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The columns that a csv must have."""
+        return self.columns[:1] if self.optional else self.columns
+
 
 def of(name: str | None) -> Task:
     """The task of that name; for one that the console does not know, JSON in and JSON out."""

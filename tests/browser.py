@@ -16,6 +16,9 @@ import requests
 T = TypeVar("T")
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 WITHIN_S = 60.0
+# Keys that are no characters: https://www.w3.org/TR/webdriver2/#keyboard-actions
+ENTER, TAB = "\ue007", "\ue004"
+_ALL = "\ue009a\ue000"  # Ctrl and A, released
 
 
 def missing() -> str | None:
@@ -90,12 +93,15 @@ class Browser:
 
         until(clicked, f"a click on {css}")
 
-    def type(self, css: str, keys: str, *, clear: bool = True) -> None:
-        """Writes into a field as a keyboard would."""
+    def type(self, css: str, keys: str) -> None:
+        """Writes into a field as a keyboard would, in place of what it holds."""
         [element] = until(lambda: self.elements(css), css)
-        if clear:
-            self._call("POST", f"/element/{element}/clear")
-        self._call("POST", f"/element/{element}/value", {"text": keys})
+        self._call("POST", f"/element/{element}/value", {"text": f"{_ALL}{keys}"})
+
+    def upload(self, css: str, path: Path) -> None:
+        """Chooses a file."""
+        [element] = until(lambda: self.elements(css), css)
+        self._call("POST", f"/element/{element}/value", {"text": str(path)})
 
     def press(self, *keys: str) -> None:
         """Presses keys, one after the other, wherever the focus is."""

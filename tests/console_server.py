@@ -1,4 +1,4 @@
-"""A server for the console's tests that speaks the JSON of a Marble server: a model of each task, named after it."""
+"""A server for tests of the console, which speaks the JSON of a Marble server: a model of each task, named after it."""
 
 import base64
 import http.server
@@ -6,8 +6,6 @@ import io
 import json
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
@@ -70,7 +68,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._say(200, [{"modelName": name, "modelVersion": "1.0", "workers": [{"status": "READY"}]}])
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        # What is no JSON is an image or a sound as it is.
+        body = json.loads(content) if self.headers["Content-Type"] == "application/json" else {"inputs": None}
+        self.server.asked.append(content if body.get("inputs", "") is None else body)  # type: ignore[attr-defined]
         kind, model = re.fullmatch(r"/(predictions|explanations)/([^/]+)", self.path).groups()  # type: ignore[union-attr]
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             message = "Token Authorization failed. Token either incorrect, expired, or not provided correctly"
@@ -115,16 +116,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-@contextmanager
-def serving(port: int) -> Iterator[None]:
-    """Serves predictions and the list of models at one port."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), _Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+class FakeServer:
+    """Serves predictions and the list of models at one port, which it keeps when it is stopped and started again."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.asked: list[Any] = []  # what predictions were asked with: JSON, or bytes
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), _Handler)
+        self._server.daemon_threads = True
+        self._server.asked = self.asked  # type: ignore[attr-defined]
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Closes the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
