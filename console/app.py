@@ -18,8 +18,12 @@ from marble_client import Json, MarbleError, ModelInfo, ServedModel
 LOOK_EVERY_S = 5
 _IDENTIFY_WITHIN_S = 10
 _EMPTY = ""
-# Read aloud when they change. Gradio has no way to say so.
-_LIVE = "() => ['status', 'facts'].forEach(id => document.getElementById(id).setAttribute('aria-live', 'polite'))"
+# What Gradio has no way to say: what is read aloud when it changes, and the name of a field with a button in its label.
+_FOR_READERS = """() => {
+    for (const id of ["status", "facts"]) document.getElementById(id).setAttribute("aria-live", "polite");
+    for (const block of document.querySelectorAll(".code"))
+        block.querySelector("textarea").setAttribute("aria-label", block.querySelector("span").innerText);
+}"""
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 THEME = gr.themes.Default(
     primary_hue="indigo",
@@ -29,9 +33,9 @@ THEME = gr.themes.Default(
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 ).set(
-    # Darker than Gradio's own, which are too pale to read: https://www.w3.org/TR/WCAG22/#contrast-minimum
-    block_info_text_color="*neutral_600",
-    block_info_text_color_dark="*neutral_300",
+    # Gradio's own are too pale to read: https://www.w3.org/TR/WCAG22/#contrast-minimum
+    body_text_color_subdued="*neutral_500",
+    block_info_text_color="*neutral_500",
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_dark="*primary_700",
@@ -300,7 +304,7 @@ def page(connection: Connection, folder: Path) -> gr.Blocks:
         answered = [answer, facts, explanation, *calls]
         looked = [table, status, model, seen, first, second, image, audio, explain, csv, heading, *answered]
         blocks.load(console.look, [model, seen], looked, **quiet)
-        blocks.load(None, js=_LIVE)
+        blocks.load(None, js=_FOR_READERS)
         gr.Timer(LOOK_EVERY_S).tick(console.look, [model, seen], looked, **quiet)
         model.input(console.look, [model, seen], looked, **quiet)
         refresh.click(console.refresh, [model, seen], looked, **quiet)

@@ -93,6 +93,11 @@ class Browser:
 
         until(clicked, f"a click on {css}")
 
+    def name(self, css: str) -> str:
+        """What a screen reader calls an element."""
+        [element] = until(lambda: self.elements(css), css)
+        return str(self._call("GET", f"/element/{element}/computedlabel"))
+
     def type(self, css: str, keys: str) -> None:
         """Writes into a field as a keyboard would, in place of what it holds."""
         [element] = until(lambda: self.elements(css), css)
@@ -146,20 +151,19 @@ class Browser:
 def browsing(folder: Path) -> Iterator[Browser]:
     """A browser whose profile is in `folder`; ends it and its driver."""
     environment = {**os.environ, "HOME": str(folder)}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    try:
-        assert process.stdout is not None
-        said = ""
-        while not (port := re.search(r"started successfully on port (\d+)", said)):
-            said += (line := process.stdout.readline())
-            assert line, f"chromedriver did not start: {said}"
-        browser = Browser(f"http://127.0.0.1:{port[1]}", folder / "profile")
+    ) as process:
         try:
-            yield browser
+            assert process.stdout is not None
+            said = ""
+            while not (port := re.search(r"started successfully on port (\d+)", said)):
+                said += (line := process.stdout.readline())
+                assert line, f"chromedriver did not start: {said}"
+            window = Browser(f"http://127.0.0.1:{port[1]}", folder / "profile")
+            try:
+                yield window
+            finally:
+                window.close()
         finally:
-            browser.close()
-    finally:
-        process.terminate()
-        process.wait(30)
+            process.terminate()

@@ -508,9 +508,10 @@ def test_a_screen_reader_finds_its_way(page: Browser) -> None:
         "return [...document.querySelectorAll('h1, h2, h3')].filter(e => e.checkVisibility()).map(e => e.tagName)"
     )
     assert page.run(headings) == ["H1", "H2", "H2", "H3", "H3"]
-    for field, label in (("first", "Question"), ("second", "Context"), ("given", "Parameters"), ("curl", "curl")):
-        named = page.run(f"return document.querySelector('#{field} textarea').labels[0].innerText")
-        assert named.strip().startswith(label)
+    names = {"first": "Question", "second": "Context", "given": "Parameters", "curl": "curl", "python": "Python"}
+    for field, name in names.items():
+        assert page.name(f"#{field} textarea").startswith(name)
+    assert (page.name("#model input"), page.name("#ask")) == ("Model", "Ask")
     for part in ("#status", "#facts"):
         assert page.run(f"return document.querySelector('{part}').getAttribute('aria-live')") == "polite"
 
