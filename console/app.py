@@ -92,7 +92,8 @@ class Console:
             gr.skip() if faults and not served else render.models(served, known),
             "".join(map(render.fault, faults)),
             gr.skip() if now.names == seen.names and now.model == seen.model else _choice(now),
-            now,
+            # Left alone unless it changed: another model may have been chosen since this look began.
+            gr.skip() if now == seen else now,
             *([gr.skip()] * 13 if (now.model, now.task) == (seen.model, seen.task) else _form(now)),
         ]
 
