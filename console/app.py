@@ -243,6 +243,18 @@ def _dict(value: Json) -> Any:
     return value
 
 
+class _Picture(gr.Image):
+    """An image as it was chosen. Gradio would read it first; what is no image is the server's to say."""
+
+    def get_block_name(self) -> str:
+        """What draws it."""
+        return "image"
+
+    def preprocess(self, payload: Any) -> str | None:
+        """Where it lies."""
+        return payload.path if payload else None
+
+
 def page(connection: Connection, folder: Path) -> gr.Blocks:
     """The page, not yet served."""
     console = Console(connection, folder)
@@ -261,14 +273,7 @@ def page(connection: Connection, folder: Path) -> gr.Blocks:
                 heading = gr.HTML("<h2>Ask</h2>", elem_id="chosen")
                 first = gr.Textbox(label="Text", lines=3, elem_id="first")
                 second = gr.Textbox(label="Second text", lines=3, visible=False, elem_id="second")
-                image = gr.Image(
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    label="Image",
-                    visible=False,
-                    elem_id="image",
-                )
+                image = _Picture(sources=["upload", "clipboard"], label="Image", visible=False, elem_id="image")
                 audio = gr.Audio(
                     type="filepath", sources=["upload", "microphone"], label="Sound", visible=False, elem_id="audio"
                 )

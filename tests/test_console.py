@@ -3,6 +3,7 @@
 All but one of the browser's tests ask `console_server`, which answers at once; the last asks a real TorchServe.
 """
 
+import base64
 import csv
 import io
 import json
@@ -283,12 +284,13 @@ def start_console(environment: None, tmp_path_factory: pytest.TempPathFactory) -
     """Serves the page, within a `with` block, and gives its address."""
 
     @contextmanager
-    def start(*options: str) -> Iterator[str]:
+    def start(*options: str, **variables: str) -> Iterator[str]:
         [port] = free_ports(1)
         log = tmp_path_factory.mktemp("console") / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
                 [ROOT / "scripts" / "console", "--port", str(port), *options],
+                env={**os.environ, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -549,6 +551,18 @@ def test_a_refused_input_and_wrong_parameters(page: Browser, axe: str) -> None:
     page.reads("#answer", "positive")
 
 
+def test_a_file_is_sent_as_it_is(page: Browser, backend: FakeServer, tmp_path: Path) -> None:
+    choose(page, "image-classification")
+    (tmp_path / "seven.png").write_bytes(b"no image, which is the server's to say")
+    page.upload("#image input[type=file]", tmp_path / "seven.png")
+    until(lambda: page.elements("#image img"), "the image that was chosen")
+    page.click("#ask")
+    page.reads("#facts", "Latency")
+    sent = [asked["inputs"] for asked in backend.asked if "inputs" in asked][-1]
+    assert base64.b64decode(sent) == (tmp_path / "seven.png").read_bytes()
+    assert "seven.png" in holds(page, "#curl textarea")
+
+
 def test_no_file_chosen(page: Browser) -> None:
     choose(page, "image-classification")
     page.click("#ask")
@@ -682,7 +696,8 @@ def test_a_csv_that_does_not_fit_the_model(page: Browser, tmp_path: Path) -> Non
 
 
 def test_a_real_server(served: Served, start_console: StartConsole, chromium: Browser, axe: str) -> None:
-    with start_console("--url", served.url, "--management-url", served.management, "--token", served.token) as url:
+    options = ("--url", served.url, "--management-url", served.management, "--token", served.token)
+    with start_console(*options, MARBLE_MANAGEMENT_TOKEN=served.management_token) as url:
         page = opened(chromium, url)
         with served.rest_client() as client:
             info = client.identify("reviews-torch")
