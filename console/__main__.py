@@ -44,6 +44,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="marble-console-") as folder:
         # Gradio reads these when it is imported. What is uploaded goes with the folder.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        # It asks its own page whether it is there, which a proxy does not know.
+        unproxied = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        os.environ["no_proxy"] = ",".join(filter(None, [unproxied, args.host]))
         from starlette.middleware import Middleware
 
         from console.app import STYLE, THEME, page

@@ -243,18 +243,6 @@ def _dict(value: Json) -> Any:
     return value
 
 
-class _Picture(gr.Image):
-    """An image as it was chosen. Gradio would read it first; what is no image is the server's to say."""
-
-    def get_block_name(self) -> str:
-        """What draws it."""
-        return "image"
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Where it lies."""
-        return payload.path if payload else None
-
-
 def page(connection: Connection, folder: Path) -> gr.Blocks:
     """The page, not yet served."""
     console = Console(connection, folder)
@@ -273,7 +261,10 @@ def page(connection: Connection, folder: Path) -> gr.Blocks:
                 heading = gr.HTML("<h2>Ask</h2>", elem_id="chosen")
                 first = gr.Textbox(label="Text", lines=3, elem_id="first")
                 second = gr.Textbox(label="Second text", lines=3, visible=False, elem_id="second")
-                image = _Picture(sources=["upload", "clipboard"], label="Image", visible=False, elem_id="image")
+                # No gr.Image, which reads what is chosen and fails: what is no image is the server's to say.
+                image = gr.File(
+                    type="filepath", file_types=["image"], label="Image", visible=False, elem_id="image", height=140
+                )
                 audio = gr.Audio(
                     type="filepath", sources=["upload", "microphone"], label="Sound", visible=False, elem_id="audio"
                 )
