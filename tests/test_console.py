@@ -406,6 +406,8 @@ SHOWN = {
     "of-another-kind": ('"anything"',),
     "text-generation": ("once upon a time",),
 }
+# What there is of a sound when it was chosen.
+HEARD = "#audio [aria-label*=emove], #audio [aria-label*=lear]"
 SECOND = {
     "question-answering": "Ann came late.",
     "sentence-similarity": "Ann came late.\nBob",
@@ -429,7 +431,7 @@ def test_a_task(page: Browser, axe: str, tmp_path: Path, task: str) -> None:
         page.reads("#image", "seven")
     else:
         page.upload("#audio input[type=file]", sound(tmp_path / "bark.wav"))
-        until(lambda: page.elements("#audio [aria-label*=emove], #audio [aria-label*=lear]"), "the sound")
+        until(lambda: page.elements(HEARD), "the sound")
     if task in SECOND:
         page.type("#second textarea", SECOND[task])
     page.click("#ask")
@@ -553,16 +555,17 @@ def test_a_refused_input_and_wrong_parameters(page: Browser, axe: str) -> None:
     page.reads("#answer", "positive")
 
 
-def test_a_file_is_sent_as_it_is(page: Browser, backend: FakeServer, tmp_path: Path) -> None:
-    choose(page, "image-classification")
-    (tmp_path / "seven.png").write_bytes(b"no image, which is the server's to say")
-    page.upload("#image input[type=file]", tmp_path / "seven.png")
-    page.reads("#image", "seven")
+@pytest.mark.parametrize(("media", "name"), [("image", "seven.png"), ("audio", "bark.wav")])
+def test_a_file_is_sent_as_it_is(page: Browser, backend: FakeServer, tmp_path: Path, media: str, name: str) -> None:
+    choose(page, f"{media}-classification")
+    (tmp_path / name).write_bytes(b"neither an image nor a sound, which is the server's to say")
+    page.upload(f"#{media} input[type=file]", tmp_path / name)
+    until(lambda: page.elements(HEARD if media == "audio" else "#image .file-preview"), "the file")
     page.click("#ask")
     page.reads("#facts", "Latency")
     sent = [asked["inputs"] for asked in backend.asked if "inputs" in asked][-1]
-    assert base64.b64decode(sent) == (tmp_path / "seven.png").read_bytes()
-    assert "seven.png" in holds(page, "#curl textarea")
+    assert base64.b64decode(sent) == (tmp_path / name).read_bytes()
+    assert name in holds(page, "#curl textarea")
 
 
 def test_no_file_chosen(page: Browser) -> None:
