@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,14 @@ class Console:
         versions = {entry.name: entry.version for entry in served}
         model = model or next(iter(versions), None)
         known = {}
-        for name in {*(entry.name for entry in served if entry.ready_workers), *([model] if model else [])}:
+        silent: dict[str, list[str]] = {}
+        for name in sorted({*(entry.name for entry in served if entry.ready_workers), *([model] if model else [])}):
             try:
                 known[name] = self._identify(name, versions.get(name, ""))
             except (MarbleError, ValueError) as error:
                 if served or name != seen.model:  # else the first fault says it already
-                    faults.append(f"{name}: {self._connection.words(error)}")
+                    silent.setdefault(self._connection.words(error), []).append(name)
+        faults += [f"{', '.join(names)}: {words}" for words, names in silent.items()]
         info = known.get(model or "")
         # A model that is away for a moment keeps its form, with what was written into it.
         task = info.task if info else seen.task if model == seen.model else None
@@ -103,6 +105,10 @@ class Console:
                 self._known[model, version] = client.identify(model)
         return self._known[model, version]
 
+    def _last_known(self, model: str) -> ModelInfo | None:
+        """A stream does not tell who answers."""
+        return next((info for (name, _), info in reversed(self._known.items()) if name == model), None)
+
     def ask(
         self, seen: Seen, first: str, second: str, image: str | None, audio: str | None, parameters: str
     ) -> Iterator[list[Any]]:
@@ -117,20 +123,18 @@ class Console:
             yield [_EMPTY, render.waiting("Asking …"), _EMPTY, *calls]
             started = time.perf_counter()
             with self._connection.open() as client:
-                if task.streamed and isinstance(inputs, str):
-                    text = ""
+                if task.streamed:
+                    text, end = "", None
                     for token in client.stream(name, inputs, given):
-                        text += token.text
-                        yield [render.text(text), _EMPTY, _EMPTY, *calls]
-                        if token.end is not None:
-                            took = time.perf_counter() - started
-                            info = next((info for (known, _), info in self._known.items() if known == name), None)
-                            told = render.facts(took, None, info, token.end)
-                            yield [render.text(text), told, _EMPTY, *calls]
+                        text, end = text + token.text, token.end
+                        yield [render.text(text), render.waiting("Generating …"), _EMPTY, *calls]
+                    facts = render.facts(time.perf_counter() - started, None, self._last_known(name), end)
+                    yield [render.text(text), facts, _EMPTY, *calls]
                     return
                 answer = client.predict(name, inputs, given)
             facts = render.facts(time.perf_counter() - started, answer.usage, answer.model)
-            yield [_shown(task, answer.predictions, inputs), facts, _EMPTY, *calls]
+            shown = _shown(answer.predictions, lambda: task.show(answer.predictions, inputs))
+            yield [shown, facts, _EMPTY, *calls]
         except (MarbleError, ValueError) as error:
             yield [render.fault(self._connection.words(error)), _EMPTY, _EMPTY, *calls]
 
@@ -147,7 +151,8 @@ class Console:
                 answer = client.explain(_chosen(seen), inputs, given)
             facts = render.facts(time.perf_counter() - started, answer.usage, answer.model)
             picture = inputs if isinstance(inputs, bytes) and file else None
-            yield [render.explanation(_dict(answer.predictions), inputs, picture), facts]
+            found: Any = answer.predictions
+            yield [_shown(found, lambda: render.explanation(found, inputs, picture)), facts]
         except (MarbleError, ValueError) as error:
             yield [render.fault(self._connection.words(error)), _EMPTY]
 
@@ -229,18 +234,12 @@ def _parameters(written: str) -> dict[str, Json]:
     return value
 
 
-def _shown(task: tasks.Task, predictions: Json, inputs: Any) -> str:
+def _shown(predictions: Json, show: Callable[[], str]) -> str:
     try:
-        return task.show(predictions, inputs)
-    except (KeyError, TypeError, IndexError, AttributeError):
+        return show()
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError):
         # Parameters can give an answer another shape.
         return render.raw(predictions)
-
-
-def _dict(value: Json) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError("the server did not answer with an explanation")
-    return value
 
 
 def page(connection: Connection, folder: Path) -> gr.Blocks:
