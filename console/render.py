@@ -95,7 +95,7 @@ def explanation(found: Mapping[str, Any], asked: Any, picture: bytes | None) -> 
     for entry in found["explanations"]:
         named = entry.get("label", entry.get("entity_group", entry.get("entity", entry.get("answer", ""))))
         word = f" ({escape(entry['word'])})" if "word" in entry else ""
-        heading = f"<h4>{escape(str(named))}{word}: score {entry['score']:.2f}, logit {entry['value']:.2f}</h4>"
+        heading = f"<h4>{escape(str(named))}{word}: score {entry['score']:.2f}, value {entry['value']:.2f}</h4>"
         if picture is None:
             shown.append(heading + _words(entry["attributions"], fields))
         else:
