@@ -6,6 +6,7 @@ import io
 import json
 import re
 import threading
+import wave
 from typing import Any
 
 from PIL import Image
@@ -19,6 +20,17 @@ def png(side: int = 24) -> bytes:
     """A small image."""
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), "#3366cc").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def wav() -> bytes:
+    """A tenth of a second of silence."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(1600))
     return buffer.getvalue()
 
 
@@ -37,6 +49,8 @@ PREDICTIONS: dict[str, Any] = {
     "image-classification": _labels("seven", "one"),
     "audio-classification": _labels("bark", "meow"),
     "automatic-speech-recognition": {"text": "good morning"},
+    "translation": [{"translation_text": "kurz"}],
+    "text-to-speech": base64.b64encode(wav()).decode(),
     "text-to-image": base64.b64encode(png()).decode(),
     "feature-extraction": [0.5] * 40,
     "of-another-kind": {"anything": [1, 2]},
