@@ -579,6 +579,24 @@ def test_a_bad_token(start_console: StartConsole, backend: FakeServer, chromium:
         assert "no-good" not in page.text("body")
 
 
+def test_a_list_of_models_that_cannot_be_reached(
+    start_console: StartConsole, backend: FakeServer, chromium: Browser
+) -> None:
+    """As behind the front door: a model's name is typed."""
+    nowhere = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with start_console("--url", backend.url, "--management-url", nowhere, "--token", TOKEN) as url:
+        page = opened(chromium, url)
+        page.reads("#status [role=alert]", f"no server at {nowhere}", "can be typed")
+        page.type("#model input", "question-answering" + browser.ENTER)
+        page.reads("#chosen", "question-answering")
+        page.type("#first textarea", "who?")
+        page.type("#second textarea", "Ann came late.")
+        page.click("#ask")
+        page.reads("#answer", "Ann", "score 0.90")
+        page.type("#model input", "no such" + browser.ENTER)
+        page.reads("#status", "'no such' is no model name")
+
+
 def test_a_server_that_goes_away_and_comes_back(page: Browser, backend: FakeServer, axe: str, tmp_path: Path) -> None:
     choose(page, "text-classification")
     page.type("#first textarea", TEXT)
