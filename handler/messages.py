@@ -103,10 +103,12 @@ class Model:
     """What a wire format says of the model that answered.
 
     digest: SHA-256 (hex) that stands for all files of the archive.
+    task: its name in the registry of tasks, e.g. text-classification.
     nests_single: whether the Inference API wraps this task's answer to a single input in a list of one.
     """
 
     name: str
     version: str
     digest: str
+    task: str
     nests_single: bool

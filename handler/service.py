@@ -55,6 +55,7 @@ class Service:
             context.model_name,
             str(context.manifest["model"]["modelVersion"]),
             digests.model_digest(model_dir),
+            self._engine.settings.task,
             self._engine.task.nests_single,
         )
         self._events = Events(model=self._model.name, version=self._model.version)

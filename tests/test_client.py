@@ -44,7 +44,7 @@ from marble_client.tokens import bearer, find_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE = ROOT / "scripts" / "generate_stubs.py"
-MODEL = {"name": "sentiment", "version": "1.0", "digest": "sha256:0f"}
+MODEL = {"name": "sentiment", "version": "1.0", "digest": "sha256:0f", "task": "text-classification"}
 LABELS = [{"label": "positive", "score": 0.9}, {"label": "negative", "score": 0.1}]
 BAD_ITEM = {"error": "item 1 is empty", "code": 422, "type": "InvalidParameter"}
 
@@ -352,7 +352,7 @@ def test_predict_sends_the_inference_api_and_reads_details(client: Client, backe
     answer = client.predict("sentiment", ["a", "b"], {"top_k": 2, "details": False}, version="1.0")
     assert answer.predictions == [LABELS, LABELS]
     assert answer.usage == Usage(tokens=7, truncated=False, windows=1)
-    assert answer.model == ModelInfo("sentiment", "1.0", "sha256:0f")
+    assert answer.model == ModelInfo("sentiment", "1.0", "sha256:0f", "text-classification")
     [request] = backend.requests
     assert (request.model, request.version) == ("sentiment", "1.0")
     assert request.json == {"inputs": ["a", "b"], "parameters": {"top_k": 2, "details": True}}
@@ -363,6 +363,16 @@ def test_any_json_is_an_input(client: Client, backend: Backend) -> None:
     backend.script = [answers({"answer": "x"})]
     assert client.predict("sentiment", inputs).predictions == {"answer": "x"}
     assert backend.requests[0].json["inputs"] == inputs
+
+
+def test_a_model_says_which_it_is_and_what_its_task_is(client: Client, backend: Backend) -> None:
+    assert client.identify("sentiment") == ModelInfo("sentiment", "1.0", "sha256:0f", "text-classification")
+    older = {name: value for name, value in MODEL.items() if name != "task"}
+    usage = {"tokens": 1, "truncated": False, "windows": 1}
+    told = {"predictions": {"drift": 0}, "usage": usage, "model": older}
+    backend.script = [Reply(200, json.dumps(told).encode())]
+    assert client.identify("sentiment").task is None
+    assert [request.json for request in backend.requests] == [{"canary": True}] * 2
 
 
 def test_the_canary_gives_its_drift(client: Client, backend: Backend) -> None:

@@ -482,7 +482,7 @@ def test_formats(bundle: Path) -> None:
     assert ask({"inputs": [text, text]}) == rounded([single, single])
     details = ask({"inputs": text, "parameters": {"details": True}})
     assert details["predictions"] == rounded(single)
-    assert details["model"]["name"] == "reviews"
+    assert details["model"]["task"] == "text-classification"
     assert ask({"instances": [text]})["predictions"] == rounded([single])
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": [text]}
     [output] = ask({"inputs": [tensor]})["outputs"]

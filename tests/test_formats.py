@@ -39,7 +39,7 @@ from handler.tasks.text_classification import TextClassification
 
 TEXT = "The room was cold, the staff were warm: I would come back. 多謝"
 JSON = "application/json"
-MODEL = Model("reviews", "1.0", "ab12", nests_single=True)
+MODEL = Model("reviews", "1.0", "ab12", "text-classification", nests_single=True)
 
 
 # --- requests as they reach a worker
@@ -529,7 +529,7 @@ POOR = [{"label": "negative", "score": 0.5}, {"label": "positive", "score": 0.5}
 USAGE = Usage(tokens=9, truncated=True, windows=2)
 FACTS = {
     "usage": {"tokens": 9, "truncated": True, "windows": 2},
-    "model": {"name": "reviews", "version": "1.0", "digest": "ab12"},
+    "model": {"name": "reviews", "version": "1.0", "digest": "ab12", "task": "text-classification"},
 }
 WRONG = {"error": "too long", "code": 413, "type": "TooLarge"}
 
@@ -540,7 +540,7 @@ def result(*predictions: Any, details: bool = False) -> Result:
 
 def test_hugging_face_answers() -> None:
     single, many = HuggingFaceReply(many=False), HuggingFaceReply(many=True)
-    bare = Model("reviews", "1.0", "ab12", nests_single=False)
+    bare = Model("reviews", "1.0", "ab12", "text-classification", nests_single=False)
     assert single.answer(result(GOOD), MODEL) == [GOOD]
     assert single.answer(result(GOOD), bare) == GOOD
     assert many.answer(result(GOOD), bare) == [GOOD]

@@ -329,7 +329,7 @@ def test_no_client_can_forge_a_metric(
 def test_whatever_a_label_is_called_its_line_is_one_that_torchserve_reads(
     label: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = Model("m", "1.0", "d", True)
+    model = Model("m", "1.0", "d", "t", True)
     service_module._write_metrics(model, {("marble_predictions_total", label): 12_345_678.0})
     [line] = capfd.readouterr().out.split("\n")[:-1]
     assert len(line.splitlines()) == 1
@@ -343,14 +343,14 @@ def test_whatever_a_label_is_called_its_line_is_one_that_torchserve_reads(
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-7, 0.1234567891, 123456789.0, 987_654_321_012.0])
 def test_values_are_written_as_torchserve_reads_them(value: float, capfd: pytest.CaptureFixture[str]) -> None:
-    service_module._write_metrics(Model("m", "1.0", "d", True), {("marble_tokens_total",): value})
+    service_module._write_metrics(Model("m", "1.0", "d", "t", True), {("marble_tokens_total",): value})
     match = LINE.fullmatch(capfd.readouterr().out.rstrip("\n"))
     assert match
     assert float(match[3]) == pytest.approx(value, rel=1e-8)
 
 
 def test_labels_are_named_in_their_order() -> None:
-    assert labels_of(("marble_requests_total", "rest", "200"), Model("m", "2", "d", True)) == {
+    assert labels_of(("marble_requests_total", "rest", "200"), Model("m", "2", "d", "t", True)) == {
         "model": "m",
         "version": "2",
         "protocol": "rest",

@@ -156,7 +156,12 @@ def test_details_are_the_facts_of_the_headers(batch: Any, bundle: Path) -> None:
     [answer] = batch(rest({"inputs": [TEXT, "good " * 300], "parameters": {"details": True}}, JSON))
     assert answer.body["usage"] == {"tokens": 319, "truncated": True, "windows": 2}
     digest = digests.sha256(bundle / "model.safetensors")
-    assert answer.body["model"] == {"name": "reviews", "version": "1.0", "digest": digest}
+    assert answer.body["model"] == {
+        "name": "reviews",
+        "version": "1.0",
+        "digest": digest,
+        "task": "text-classification",
+    }
     assert len(answer.body["predictions"]) == 2
     usage = {name: value for name, value in answer.headers.items() if name.startswith("x-usage")}
     assert usage == {"x-usage-tokens": "319", "x-usage-truncated": "true", "x-usage-windows": "2"}

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from types import TracebackType
 from typing import Self, TypeVar, overload
 
-from marble_client.answer import Answer, Input, ItemError, Json, Label, ServedModel
+from marble_client.answer import Answer, Input, ItemError, Json, Label, ModelInfo, ServedModel
 from marble_client.client import FunctionToApply, Overflow, classified, given_options
 from marble_client.errors import MarbleError, NotFound
 from marble_client.many import BATCH_SIZE, CONCURRENCY, PATIENCE_S, Ask, Batch, Pause, Plan, Prove, asking, batches
@@ -66,6 +66,11 @@ class AsyncClient(ABC):
         """As `Client.canary`."""
         check_model(model, version)
         return decode_drift((await self._answer(model, version, CANARY, timeout)).predictions)
+
+    async def identify(self, model: str, *, version: str | None = None, timeout: float | None = None) -> ModelInfo:
+        """As `Client.identify`."""
+        check_model(model, version)
+        return (await self._answer(model, version, CANARY, timeout)).model
 
     @overload
     async def classify(

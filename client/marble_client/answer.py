@@ -65,11 +65,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model that really answered; `digest` identifies its archive's content."""
+    """The model that really answered; `digest` identifies its archive's content.
+
+    `task`, e.g. text-classification, is None from an archive built before answers told it.
+    """
 
     name: str
     version: str
     digest: str
+    task: str | None = None
 
 
 @dataclass(frozen=True)

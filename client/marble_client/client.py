@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Protocol, Self, overload
 
-from marble_client.answer import Answer, Input, ItemError, Json, Label, ServedModel
+from marble_client.answer import Answer, Input, ItemError, Json, Label, ModelInfo, ServedModel
 from marble_client.errors import BadResponse, NotFound, error_for
 from marble_client.many import BATCH_SIZE, CONCURRENCY, PATIENCE_S, Plan, predict_batches
 from marble_client.retry import Deadline, with_retries
@@ -53,6 +53,10 @@ class Client(Protocol):
 
         Raises ServerError of the type WrongAnswer if it answers wrongly.
         """
+
+    @abstractmethod
+    def identify(self, model: str, *, version: str | None = None, timeout: float | None = None) -> ModelInfo:
+        """Which model answers, and what its task is; asked with its canary. Raises what `canary` raises."""
 
     @abstractmethod
     def ready(self, model: str, version: str | None = None) -> bool:
@@ -176,10 +180,10 @@ class TransportClient(Client):
         return with_retries(lambda: decode_answer(self._predict(model, version, body, deadline)), deadline)
 
     def canary(self, model: str, *, version: str | None = None, timeout: float | None = None) -> float:
-        check_model(model, version)
-        deadline = Deadline(self._timeout if timeout is None else timeout)
-        answer = with_retries(lambda: decode_answer(self._predict(model, version, CANARY, deadline)), deadline)
-        return decode_drift(answer.predictions)
+        return decode_drift(self._canary(model, version, timeout).predictions)
+
+    def identify(self, model: str, *, version: str | None = None, timeout: float | None = None) -> ModelInfo:
+        return self._canary(model, version, timeout).model
 
     def ready(self, model: str, version: str | None = None) -> bool:
         check_model(model, version)
@@ -197,6 +201,11 @@ class TransportClient(Client):
             except NotFound:
                 continue  # unregistered since it was listed
         return sorted(served, key=lambda model: model.name)
+
+    def _canary(self, model: str, version: str | None, timeout: float | None) -> Answer[Json]:
+        check_model(model, version)
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+        return with_retries(lambda: decode_answer(self._predict(model, version, CANARY, deadline)), deadline)
 
     def _names(self, deadline: Deadline) -> list[str]:
         names: list[str] = []

@@ -62,7 +62,12 @@ def decode_answer(body: bytes) -> Answer[Json]:
     return Answer(
         reply.get("predictions", beside),
         Usage(_take(usage, "tokens", int), _take(usage, "truncated", bool), _take(usage, "windows", int)),
-        ModelInfo(_take(model, "name", str), _take(model, "version", str), _take(model, "digest", str)),
+        ModelInfo(
+            _take(model, "name", str),
+            _take(model, "version", str),
+            _take(model, "digest", str),
+            _take(model, "task", str) if "task" in model else None,
+        ),
     )
 
 

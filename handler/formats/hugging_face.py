@@ -70,5 +70,5 @@ def details(result: Result, model: Model) -> dict[str, Any]:
     """What `"details": true` adds to an answer."""
     return {
         "usage": asdict(result.usage),
-        "model": {"name": model.name, "version": model.version, "digest": model.digest},
+        "model": {"name": model.name, "version": model.version, "digest": model.digest, "task": model.task},
     }

@@ -1,0 +1,40 @@
+"""How the console reaches the server: through marble_client, with the token that counts now."""
+
+from dataclasses import dataclass
+
+from marble_client import (
+    ConnectionFailed,
+    MarbleError,
+    NotFound,
+    RestClient,
+    Timeout,
+    Unauthorized,
+    find_tokens,
+)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A server's addresses and, if one was given, the token for it."""
+
+    url: str
+    management_url: str
+    token: str | None = None
+
+    def open(self, timeout: float = 60.0) -> RestClient:
+        """A client of the server. Its keys change when it starts anew: they are looked for each time."""
+        tokens = find_tokens(self.token)
+        return RestClient(self.url, self.management_url, tokens.inference, tokens.management, timeout)
+
+    def words(self, error: Exception) -> str:
+        """What went wrong and how to mend it, for whoever reads the page."""
+        if isinstance(error, Unauthorized):
+            # As the command says it: which token, so that the reader knows where to put another.
+            return f"{error.message} ({find_tokens(self.token).origin}; keys change when the server starts, and expire)"
+        if isinstance(error, ConnectionFailed | Timeout):
+            return f"{error.message}. This page needs no reload: ask again when the server is back."
+        if isinstance(error, NotFound):
+            return f"{error.message} (the table above lists what is served)"
+        if isinstance(error, MarbleError):
+            return f"{error.message} ({error.type})"
+        return str(error)
