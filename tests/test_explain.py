@@ -406,7 +406,7 @@ def test_parameters(texts: list[str], models: Callable[[str, str], Path]) -> Non
         ({"steps": 0}, "at least 1"),
         ({"steps": 5000}, "at most 1024"),
         ({"steps": "many"}, "an integer"),
-        ({"topk": 1}, "function_to_apply, method, overflow, steps, threshold, top_k"),
+        ({"topk": 1}, "function_to_apply, method, overflow, steps, temperature, threshold, top_k"),
     ):
         refused = refusal(engine, texts[0], **parameters)
         assert isinstance(refused, InvalidParameter)
