@@ -282,11 +282,11 @@ def test_an_archive_with_other_settings_is_whole(store: Path, tmp_path: Path) ->
     assert "minWorkers: 2" in (folder / "model-config.yaml").read_text()
 
 
-def test_a_model_that_was_not_trained_here_is_not_trained_again(bundle: Path, tmp_path: Path) -> None:
-    shutil.copytree(bundle, tmp_path / "sst2")
+def test_a_model_that_was_not_trained_here_is_not_trained_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "sst2")
     model = models.prepare("sst2", tmp_path / "no data", tmp_path, quick=True)
     assert model.archive.is_file()
-    assert (model.unpacked / "config.json").read_bytes() == (bundle / "config.json").read_bytes()
+    assert (model.unpacked / "config.json").read_bytes() == (tiny_bundle / "config.json").read_bytes()
 
 
 def test_the_limit_is_the_engine_itself(bundle: Path) -> None:

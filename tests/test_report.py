@@ -446,7 +446,7 @@ def test_a_leak_is_said_while_there_is_time_to_stop(train: Train, capsys: pytest
 def test_the_model_index_has_every_figure_of_every_split(hostile: Path) -> None:
     card = ModelCard.load(hostile / "README.md")
     splits = load(hostile / "metrics.json")["splits"]
-    names = {"accuracy": "accuracy", "macro_f1": "f1"}
+    names = {"accuracy": "accuracy", "macro_f1": "f1", "ece": "ece"}
     assert {(r.dataset_split, r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results or []} == {
         (split, f"{split}.jsonl", names[key]): round(scores[key], 6)
         for split, scores in splits.items()

@@ -18,6 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -29,7 +30,7 @@ from safetensors import safe_open
 from handler import golden
 from handler.engine import Engine
 from handler.messages import Request, Result
-from training import base_model, evaluation
+from training import base_model, calibration, evaluation
 from training.errors import UserError
 
 TRAIN = (sys.executable, ROOT / "train.py")
@@ -306,11 +307,13 @@ def test_metrics_are_those_of_the_transformers_pipeline(bundle: Path) -> None:
         rows = list(csv.DictReader(file))
     pipeline = transformers.pipeline("text-classification", model=str(bundle), device="cpu", dtype=torch.float32)
     rows.sort(key=lambda row: len(row["text"]))  # less padding; the order is of no account below
-    found = pipeline([row["text"] for row in rows], truncation=True, max_length=256, batch_size=32)
-    expected = evaluation.classification_metrics(
-        [row["label"] for row in rows], [entry["label"] for entry in found], ["negative", "neutral", "positive"]
-    )
-    assert load(bundle / "metrics.json")["splits"] == {"validation": expected}
+    found = pipeline([row["text"] for row in rows], top_k=None, truncation=True, max_length=256, batch_size=32)
+    labels, targets = ["negative", "neutral", "positive"], [row["label"] for row in rows]
+    expected = evaluation.classification_metrics(targets, [entries[0]["label"] for entries in found], labels)
+    measured = load(bundle / "metrics.json")["splits"]["validation"]
+    bins = calibration.reliability(evaluation.score_table(found, labels), np.array([*map(labels.index, targets)]))
+    assert measured.pop("ece") == pytest.approx(calibration.expected_error(bins), abs=1e-3)
+    assert measured == expected
     most = max(scores["rows"] for scores in expected["per_label"].values())
     assert expected["accuracy"] > 1.1 * most / len(rows), "forty steps teach it more than the commonest label"
     kept = {(row["inputs"], row["target"]) for row in rows_of(bundle / "validation.jsonl")}
@@ -441,7 +444,9 @@ def test_integer_labels_imbalance_bad_rows_a_test_file_and_a_base_of_other_label
     assert "left out 2 rows" in printed
     assert "out of balance: '0' has 40 in training and '1' 8" in printed
     assert "for 4 steps" in printed
-    assert re.search(r"test: accuracy [01]\.\d{4}, macro-f1 [01]\.\d{4} \(61 rows\)\ntrue \\ predicted", printed)
+    assert re.search(
+        r"test: accuracy [01]\.\d{4}, macro-f1 [01]\.\d{4}, ece [01]\.\d{4} \(61 rows\)\ntrue \\ predicted", printed
+    )
     assert load(place / "config.json")["id2label"] == {"0": "0", "1": "1"}
     metrics = load(place / "metrics.json")
     assert metrics["labels"] == ["0", "1"]
