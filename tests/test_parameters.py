@@ -77,7 +77,8 @@ def test_an_unknown_name_lists_the_allowed_ones() -> None:
         "unknown parameter 'top_p'; this task takes: count, details, level, mode, name, number, overflow, ratio"
     )
     assert refusal({"top_n": 1}, TextClassificationParameters) == (
-        "unknown parameter 'top_n'; this task takes: details, function_to_apply, overflow, temperature, threshold, top_k"
+        "unknown parameter 'top_n'; this task takes: "
+        "details, function_to_apply, overflow, temperature, threshold, top_k"
     )
 
 
