@@ -25,7 +25,7 @@ def test_growth_is_that_of_the_second_half() -> None:
     assert second_half_growth([0, 0, 0, 10, 20, 30]) == 10
 
 
-@pytest.mark.parametrize(("row", "counted"), [("3", {"3b"}), ("5", {"5a"}), ("12", {"12a", "12b"})])
+@pytest.mark.parametrize(("row", "counted"), [("3", {"3b"}), ("12", {"12a", "12b"})])
 def test_a_quick_run(store: Path, tmp_path: Path, row: str, counted: set[str]) -> None:
     """On the archive that all tests share. Times depend on the machine, so only what is counted must be met."""
     (tmp_path / "store").mkdir()
