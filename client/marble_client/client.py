@@ -1,7 +1,7 @@
 """The interface of a client, and what its transports share."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Protocol, Self, overload
 
@@ -176,8 +176,7 @@ class TransportClient(Client):
     ) -> Answer[Json]:
         check_model(model, version)
         body = encode_request(inputs, parameters)
-        deadline = Deadline(self._timeout if timeout is None else timeout)
-        return with_retries(lambda: decode_answer(self._predict(model, version, body, deadline)), deadline)
+        return self._answer(lambda deadline: self._predict(model, version, body, deadline), timeout)
 
     def canary(self, model: str, *, version: str | None = None, timeout: float | None = None) -> float:
         return decode_drift(self._canary(model, version, timeout).predictions)
@@ -204,8 +203,12 @@ class TransportClient(Client):
 
     def _canary(self, model: str, version: str | None, timeout: float | None) -> Answer[Json]:
         check_model(model, version)
+        return self._answer(lambda deadline: self._predict(model, version, CANARY, deadline), timeout)
+
+    def _answer(self, exchange: Callable[[Deadline], bytes], timeout: float | None) -> Answer[Json]:
+        """The answer to an exchange of bytes, with retries. timeout: seconds, None for the client's own."""
         deadline = Deadline(self._timeout if timeout is None else timeout)
-        return with_retries(lambda: decode_answer(self._predict(model, version, CANARY, deadline)), deadline)
+        return with_retries(lambda: decode_answer(exchange(deadline)), deadline)
 
     def _names(self, deadline: Deadline) -> list[str]:
         names: list[str] = []

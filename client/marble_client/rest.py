@@ -15,7 +15,7 @@ from marble_client.errors import BadResponse, ConnectionFailed, MarbleError
 from marble_client.retry import Deadline, with_retries
 from marble_client.tokens import bearer, is_loopback
 from marble_client.trace import traceparent
-from marble_client.wire import check_model, decode_answer, decode_error, decode_event, encode_request
+from marble_client.wire import check_model, decode_error, decode_event, encode_request
 
 CHUNK_BYTES = 64 * 1024
 MOST_CONNECTIONS = 64  # kept open for threads that share a client; requests' own pool keeps ten
@@ -76,12 +76,8 @@ class RestClient(TransportClient):
     ) -> Answer[Json]:
         """Explain the predictions for `inputs`; a list gives a list. TorchServe explains over REST alone."""
         check_model(model, version)
-        body = encode_request(inputs, parameters)
-        deadline = Deadline(self._timeout if timeout is None else timeout)
-        path = f"/explanations/{model_path(model, version)}"
-        return with_retries(
-            lambda: decode_answer(self._inference.exchange("POST", path, deadline, body=body)), deadline
-        )
+        body, path = encode_request(inputs, parameters), f"/explanations/{model_path(model, version)}"
+        return self._answer(lambda deadline: self._inference.exchange("POST", path, deadline, body=body), timeout)
 
     def _tokens(self, path: str, body: bytes, deadline: Deadline) -> Generator[Token]:
         with closing(self._inference.lines(path, deadline, body)) as lines:
