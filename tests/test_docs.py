@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import OFFLINE, ROOT, free_ports
+from conftest import OFFLINE, ROOT, Served, free_ports, run, succeeded
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks import quality
@@ -51,6 +51,86 @@ def test_the_reference_is_what_the_code_says() -> None:
     assert generate_reference.DOCUMENT.read_text(encoding="utf-8") == generate_reference.render(), (
         "run .venv/bin/python -m scripts.generate_reference"
     )
+
+
+def test_links_lead_somewhere() -> None:
+    """Files and headings that pages of this project name."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "client").glob("*.md")]
+    pages += [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("**/*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = link.partition("#")
+            if "://" in link or link.startswith("mailto:"):
+                continue
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in anchors, f"{page.name}: {link}"
+
+
+# Commands that tests/test_transcripts.py does not run as they stand: which test, or what else, runs the like of them.
+ELSEWHERE = {
+    r"scripts/demo": "tests/test_transcripts.py::test_demo_and_deployment",
+    r"scripts/(setup|test)\b": ".ci/run",
+    r"scripts/check|\.venv/bin/pre-commit install": ".pre-commit-config.yaml",
+    r"pip install \./client": "scripts/setup-console",
+    r"marble predict \w+ --input": "tests/test_bulk.py",
+    r"marble (predict|explain|ready|models)": "tests/test_client.py",
+    r"scripts/console": "tests/test_console.py",
+    r"benchmarks/explanations": "tests/test_bench.py",
+    r"benchmarks/faults": "tests/test_faults.py",
+    r"benchmarks/quality": "tests/test_bench.py",
+    r"scripts/bench": "tests/test_bench.py",
+    r"apt-get install": ".ci/run",
+    r"scripts/(serve|stop|token|upgrade|rollback)|curl |export |openssl |\./build_mar\.sh": (
+        "tests/test_transcripts.py::test_demo_and_deployment"
+    ),
+    r"kill -HUP": "tests/test_front.py",
+    r"\.venv/bin/model_signing verify": "tests/test_provenance.py",
+    r"cd deploy/monitoring && prometheus": "tests/test_monitoring.py::url",
+    r"\.venv/bin/python -m training\.compare": "tests/test_transcripts.py::test_page",
+    r"\.venv/bin/python train\.py": "tests/test_transcripts.py::test_page",
+    r"cd deploy/kubernetes|kustomize|kubectl": "tests/test_kubernetes.py",
+    r"podman": "tests/test_container.py",
+    r"useradd|install -d|cp deploy/systemd|cd /var/lib": "tests/test_systemd.py",
+}
+
+
+def test_every_other_command_is_run_somewhere() -> None:
+    """Commands in fences without a language; test_kubernetes, test_container and test_systemd check theirs without
+    running them, where there is no cluster, no container engine and no systemd in charge."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "client" / "README.md"]
+    pages += [*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("**/*.md")]
+    used = set()
+    for page in pages:
+        if page == generate_reference.DOCUMENT or page.name == "architecture.md":
+            continue
+        fences = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for fence in (body for language, body in fences if language in ("", "sh")):
+            for command in fence.replace("\\\n", " ").splitlines():
+                found = [pattern for pattern in ELSEWHERE if re.match(pattern, command)]
+                assert found, f"{page.name}: {command}"
+                used.update(found[:1])
+    assert used == ELSEWHERE.keys()
+    for place in ELSEWHERE.values():
+        file, _, test = place.partition("::")
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8") or not test, place
+
+
+def test_programs_of_the_client(served: Served) -> None:
+    """Those of the pages about calling, as they stand there but for the server's address; the tokens are found."""
+    count = 0
+    for page in ("client/README.md", "docs/bulk.md", "docs/monitoring.md", "docs/requests.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for program in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            program = program.replace("http://127.0.0.1:8080", served.url)
+            program = program.replace("RestClient(", f'RestClient("{served.url}", "{served.management}", ')
+            done = run(sys.executable, "-c", program, cwd=served.folder, HF_HUB_OFFLINE="0")
+            assert succeeded(done)
+            count += 1
+    assert count == 5
 
 
 def test_drawings(bundle: Path, tmp_path: Path) -> None:

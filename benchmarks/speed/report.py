@@ -311,13 +311,29 @@ def document(results: Mapping[str, Any], text: str) -> str:
 
 
 def plots(results: Mapping[str, Any], folder: Path) -> None:
-    """Growth as SVG files: speed-batch, speed-length, speed-connections, speed-workers."""
+    """SVG files: speed-peers; and growth: speed-batch, speed-length, speed-connections, speed-workers."""
     import matplotlib
 
     matplotlib.use("svg")
     # The same results give the same files.
     matplotlib.rcParams |= {"svg.hashsalt": "marble", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
     from matplotlib import pyplot
+
+    rounds = rounds_of(results)
+    rates = {name: spread([round_.rate(name, "sst2-64") for round_ in rounds]) for name in results["servers"]}
+    bars = sorted((rate["value"], name) for name, rate in rates.items() if rate is not None)
+    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    drawn = axes.barh(
+        [results["servers"][name]["title"] for _, name in bars],
+        [rate for rate, _ in bars],
+        color=["#4338ca" if name == OURS else "#94a3b8" for _, name in bars],
+    )
+    axes.bar_label(drawn, fmt="{:,.0f}", padding=3)
+    axes.margins(x=0.1)
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="requests per second: MiniLM on SST-2, 64 connections, two cores")
+    figure.savefig(folder / "speed-peers.svg", metadata={"Date": None})
+    pyplot.close(figure)
 
     growth = results["growth"]
 
