@@ -14,16 +14,12 @@ from datasets import load_dataset
 NAME = "reviews-fp32"
 # One start of Ray for all tables, which takes longer than they do.
 PROGRAM = """
-import sys
-sys.path.insert(0, "examples/bulk")
-import score_with_ray
-for name in sys.argv[2:]:
-    score_with_ray.main(["--model", sys.argv[1], "--input", name, "--output", name + ".scored", "--batch-size", "40"])
-try:
-    score_with_ray.main(["--model", sys.argv[1], "--input", name, "--output", name + ".other", "--parameters", '{"topk": 1}'])
-except score_with_ray.REFUSED as error:
-    print(score_with_ray.cause(error))
+import sys, score_with_ray
+model, *names = sys.argv[1:]
+for name in names:
+    score_with_ray.main(["--model", model, "--input", name, "--output", name + ".scored", "--batch-size", "40"])
 """
+PYTHON = ROOT / ".venv-ray" / "bin" / "python"
 
 
 def test_ray_gives_what_the_server_gives(served: Served, store: Path, tmp_path: Path) -> None:
@@ -43,9 +39,9 @@ def test_ray_gives_what_the_server_gives(served: Served, store: Path, tmp_path: 
     pq.write_table(table, tmp_path / "folder.parquet")
 
     sources = [tmp_path / name for name in ("a.csv", "a.jsonl", "folder")]
-    said = run(ROOT / ".venv-ray" / "bin" / "python", "-c", PROGRAM, tmp_path / "model", *sources, PYTHONPATH="")
-    assert "unknown parameter 'topk'" in succeeded(said)
-    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith((".part", ".other"))]
+    scripts = str(ROOT / "examples" / "bulk")
+    succeeded(run(PYTHON, "-c", PROGRAM, tmp_path / "model", *sources, cwd=tmp_path, PYTHONPATH=scripts))
+    assert not list(tmp_path.glob("*.part"))
     marble = (Path(sys.executable).with_name("marble"), "predict", NAME, "--url", served.url, "--token", served.token)
     for source in sources:
         given = source if source.is_file() else source.with_suffix(".parquet")
@@ -58,3 +54,12 @@ def test_ray_gives_what_the_server_gives(served: Served, store: Path, tmp_path: 
             assert {**one, "score": None} == {**other, "score": None}
             assert one["score"] == pytest.approx(other["score"], abs=1e-4)
     assert pq.read_table(tmp_path / "folder.scored")["error"].to_pylist()[-1].endswith("(InvalidInput)")
+
+    command = (PYTHON, ROOT / "examples" / "bulk" / "score_with_ray.py", "--model", tmp_path / "model")
+    for more, message in (
+        (("--input", "a.csv", "--output", "a.csv.scored"), "a.csv.scored is there already: choose another output"),
+        (("--input", "a.csv", "--output", "b", "--column", "body"), "a.csv: there is no column 'body'"),
+        (("--input", "a.csv", "--output", "b", "--parameters", '{"topk": 1}'), "unknown parameter 'topk'"),
+    ):
+        refused = run(*command, *more, cwd=tmp_path)
+        assert (refused.returncode, refused.stderr.startswith(f"score_with_ray.py: {message}")) == (1, True), refused

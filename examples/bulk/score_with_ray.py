@@ -21,10 +21,11 @@ import pyarrow.dataset
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from handler import golden
+from handler import golden, parameters, tasks
 from handler.engine import Engine
-from handler.errors import InvalidParameter, NotSupported, Overloaded, RequestError
+from handler.errors import Overloaded, RequestError
 from handler.messages import Request, jsonable
+from handler.settings import Settings
 from marble_client import columns, tables
 from marble_client.tables import Kinds
 
@@ -35,15 +36,15 @@ IO = {"num_cpus": 0}
 class Scorer:
     """An engine in a process of its own, which answers a batch of rows at a time."""
 
-    def __init__(self, model: Path, source: Path, kinds: Kinds, column: str | None, parameters: Any, cpus: int) -> None:
-        """kinds: the input's columns; cpus: that this engine may use."""
+    def __init__(self, model: Path, source: Path, kinds: Kinds, column: str | None, asked: Any, cpus: int) -> None:
+        """kinds: the input's columns; asked: parameters of the task; cpus: that this engine may use."""
         self.engine = Engine(model, threads=cpus)
-        self.parameters = parameters
+        self.asked = asked
         self.read = columns.reader(source, kinds, column)
         self.names = columns.free_names(source, kinds)
         # All answers of a model look like its first golden one.
         first = golden.read(model / golden.FILE_NAME)[0]["predictions"]
-        self.answer = columns.added(columns.are_labels(first), parameters)
+        self.answer = columns.added(columns.are_labels(first), asked)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         results = self.predict([self.read(row) for row in batch.to_pylist()])
@@ -57,14 +58,12 @@ class Scorer:
         return batch
 
     def predict(self, inputs: list[Any]) -> list[dict[str, Any]]:
-        """A prediction or an error for each input. Raises RequestError where all rows would have the same."""
+        """A prediction or an error for each input."""
         results: list[Any] = [None] * len(inputs)
         rows = list(range(len(inputs)))
         while rows:
-            outcomes = self.engine.predict([Request([inputs[row]], self.parameters) for row in rows])
+            outcomes = self.engine.predict([Request([inputs[row]], self.asked) for row in rows])
             for row, outcome in zip(rows, outcomes, strict=True):
-                if isinstance(outcome, (InvalidParameter, NotSupported)):
-                    raise outcome
                 if isinstance(outcome, RequestError):
                     results[row] = {"error": f"{outcome} ({type(outcome).__name__})"}
                 else:
@@ -104,7 +103,9 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{arguments.output} is there already: choose another output")
     kinds = kinds_of(arguments.input)
     given = (arguments.model.resolve(), arguments.input, kinds, arguments.column, arguments.parameters, arguments.cpus)
-    columns.reader(*given[1:4])  # says now, and once, if there is no such column
+    # What is wrong with all rows is said now, and once.
+    columns.reader(*given[1:4])
+    parameters.parse(tasks.load(Settings.load(arguments.model).task).Parameters, arguments.parameters)
     ray.init(ignore_reinit_error=True)  # the cluster that RAY_ADDRESS names, else one of this machine alone
     DataContext.get_current().execution_options.preserve_order = True
     scored = read(arguments.input, kinds).map_batches(
@@ -138,7 +139,5 @@ def parse(argv: list[str]) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RequestError) as error:
         sys.exit(f"score_with_ray.py: {error}")
-    except ray.exceptions.RayError as error:
-        sys.exit(f"score_with_ray.py: {getattr(error, 'cause', error)}")
