@@ -1,9 +1,7 @@
 """The program behind `build_mar.sh`: a bundle becomes a model archive that TorchServe can load.
 
-    ./build_mar.sh --bundle artifacts/reviews
-    ./build_mar.sh --bundle artifacts/reviews --name reviews --version 1.1 --backend openvino --precision bf16
-
-The archive is canonical: one bundle and one choice of backend and precision give the same bytes anywhere.
+Without a choice of yours it measures every backend and precision and ships the fastest that answers as well. The
+archive is canonical: one bundle and one choice of backend and precision give the same bytes anywhere.
 """
 
 import argparse
@@ -22,7 +20,12 @@ from archiver.optimise import Optimiser
 from handler.backends import PRECISIONS
 from handler.digests import sha256
 from training.errors import UserError
-from training.interrupts import end_if_interrupted, remembered
+from training.interrupts import INTERRUPTED, end_if_interrupted, remembered
+
+_EXAMPLES = """examples:
+  ./build_mar.sh --bundle artifacts/reviews
+  ./build_mar.sh --bundle artifacts/reviews --name reviews --version 1.1 --backend openvino --precision bf16
+  ./build_mar.sh --bundle artifacts/reviews --version 1.2 --sign release.pem"""
 
 
 def main(argv: list[str]) -> None:
@@ -127,7 +130,10 @@ def check_max_drop(points: float) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="build_mar.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="build_mar.sh",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--bundle", type=Path, required=True, help="folder that train.py wrote")
     parser.add_argument("--name", help="model name (default: the bundle's folder name)")
@@ -157,4 +163,5 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"build_mar.sh: {error}")
     except KeyboardInterrupt:
-        sys.exit("build_mar.sh: interrupted; no archive was written")
+        print("build_mar.sh: interrupted; no archive was written", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -1,10 +1,4 @@
-"""The program behind `scripts/serve` and `scripts/stop`.
-
-scripts/serve                                   every archive of model_store/
-scripts/serve --models reviews=reviews.mar      one of them
-scripts/serve --config my.properties --no-auth --foreground
-scripts/serve --front                           behind nginx, with a watchdog: docs/front-door.md
-"""
+"""The program behind `scripts/serve`, `scripts/stop`, `scripts/verify`, `scripts/token` and `scripts/upgrade`."""
 
 import argparse
 import os
@@ -15,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from server import front, supervisor, tokens, trust, upgrade
+from server import front, options, supervisor, tokens, trust, upgrade
 from server.archive import Archive, ArchiveError, verify
 from server.readiness import wait_until_ready
 from server.torchserve import ROOT, Addresses, Server, ServerError, check_free, read_properties, start
@@ -23,7 +17,7 @@ from server.torchserve import ROOT, Addresses, Server, ServerError, check_free, 
 
 def serve(argv: Sequence[str]) -> None:
     """Verifies, starts, waits until every model has answered its canary."""
-    arguments = parse(argv)
+    arguments = options.serve(argv)
     config = arguments.config
     if not config.is_file():
         raise ServerError(f"--config {config}: there is no such file")
@@ -102,10 +96,7 @@ def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace) -
 
 def verify_only(argv: Sequence[str]) -> None:
     """Verifies archives as `serve` does and starts nothing; fills a folder with them, if one is named."""
-    parser = argparse.ArgumentParser(prog="scripts/verify", description="Verifies archives as scripts/serve does.")
-    add_archive_options(parser)
-    parser.add_argument("--into", type=Path, metavar="FOLDER", help="copy them there, with the files beside them")
-    arguments = parser.parse_args(argv)
+    arguments = options.verify(argv)
     arguments.trust = arguments.trust or trusted_by(arguments.config)
     pairs = chosen(arguments)
     if arguments.into is not None:
@@ -205,7 +196,7 @@ def stop() -> None:
 
 def token(argv: Sequence[str]) -> None:
     """Changes the tokens of the front door; if it is running, it knows at once."""
-    arguments = tokens.parse(argv)
+    arguments = options.token(argv)
     if arguments.command == "list":
         print(tokens.table(tokens.read()))
         return
@@ -222,43 +213,11 @@ def token(argv: Sequence[str]) -> None:
         front.reload(state.nginx, Path(state.folder))
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of `scripts/serve`."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_archive_options(parser)
-    parser.add_argument("--allow-downgrade", action="store_true", help="with --trust: versions older than the last one")
-    parser.add_argument("--no-auth", action="store_true", help="ask for no tokens: behind a proxy that does")
-    parser.add_argument(
-        "--front",
-        type=Path,
-        nargs="?",
-        const=ROOT / "front.properties",
-        metavar="FILE",
-        help="behind nginx, watched and restarted; FILE: its settings (default: front.properties)",
-    )
-    parser.add_argument("--cert", type=Path, metavar="PEM", help="certificate of the front door, with its chain")
-    parser.add_argument("--key", type=Path, metavar="PEM", help="its private key, RSA or EC")
-    parser.add_argument("--foreground", action="store_true", help="stay until stopped by a signal")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds to become ready (default: 120)")
-    return parser.parse_args(argv)
-
-
-def add_archive_options(parser: argparse.ArgumentParser) -> None:
-    """Which archives, from where, signed by whom."""
-    parser.add_argument("--models", nargs="+", metavar="N=N.mar", help="archives to serve (default: all)")
-    parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder of the archives")
-    parser.add_argument("--config", type=Path, default=ROOT / "config.properties", help="TorchServe's settings")
-    parser.add_argument(
-        "--trust", type=Path, metavar="PUBKEY", help="serve only what this key has signed: docs/trust.md"
-    )
-
-
 if __name__ == "__main__":
     try:
         match sys.argv[1:]:
-            case ["stop"]:
+            case ["stop", *rest]:
+                options.stop(rest)
                 stop()
             case ["check"]:
                 check_no_other(ROOT / "config.properties")

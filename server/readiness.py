@@ -3,6 +3,8 @@
 import time
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from marble_client import MarbleError
 from server.archive import Archive
 from server.torchserve import Logs, Server, ServerError
@@ -17,17 +19,21 @@ def wait_until_ready(server: Server, archives: Sequence[Archive], logs: Logs, ti
     """
     deadline = time.monotonic() + timeout
     waiting = list(archives)
-    while waiting:
-        if failure := logs.load_failure():
-            raise ServerError(failure)
-        if server.process() is None:
-            raise ServerError(f"TorchServe ended while starting:\n{logs.console()}")
-        if time.monotonic() > deadline:
-            raise ServerError(f"{waiting[0].name!r} was not ready within {timeout:g} s:\n{logs.console()}")
-        if answers(server, waiting[0]):
-            waiting.pop(0)
-        else:
-            time.sleep(_POLL_SECONDS)
+    with tqdm(total=len(waiting), unit=" models", delay=2, leave=False, disable=None) as bar:
+        while waiting:
+            bar.set_description(f"waiting for {waiting[0].name}", refresh=False)
+            bar.update(0)
+            if failure := logs.load_failure():
+                raise ServerError(failure)
+            if server.process() is None:
+                raise ServerError(f"TorchServe ended while starting:\n{logs.console()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"{waiting[0].name!r} was not ready within {timeout:g} s:\n{logs.console()}")
+            if answers(server, waiting[0]):
+                waiting.pop(0)
+                bar.update()
+            else:
+                time.sleep(_POLL_SECONDS)
 
 
 def answers(server: Server, archive: Archive) -> bool:

@@ -1,9 +1,5 @@
 """Clients' tokens of the front door: `scripts/token`.
 
-scripts/token add NAME --role predict [--role metrics …] [--expires-days 90]
-scripts/token list
-scripts/token revoke NAME
-
 A token is shown once, when it is made. What is kept, in front/tokens.json, is its name, roles, dates and a digest.
 
 nginx checks it by itself, with the digest that it has for such things (ngx_http_secure_link_module): MD5. What breaks
@@ -11,7 +7,6 @@ MD5 is that two texts with one digest can be made, which gives nobody a token. T
 random bits by trying, is out of reach.
 """
 
-import argparse
 import base64
 import fcntl
 import hashlib
@@ -146,18 +141,3 @@ def table(tokens: Sequence[Token]) -> str:
 
 def _date(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of `scripts/token`."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/token", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adding = commands.add_parser("add", help="make a token and show it, once")
-    adding.add_argument("name", metavar="NAME", help="of the client; stands in the log")
-    adding.add_argument("--role", action="append", choices=ROLES, required=True, help="what it may do; repeatable")
-    adding.add_argument("--expires-days", type=float, metavar="DAYS", help="valid for so long (default: until revoked)")
-    commands.add_parser("list", help="names, roles and dates")
-    commands.add_parser("revoke", help="refuse a token from now on").add_argument("name", metavar="NAME")
-    return parser.parse_args(argv)

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import psutil
 
 from archiver import pack
 from marble_client import MarbleError
-from server import front, trust
+from server import front, options, trust
 from server.archive import Archive, verify
 from server.tokens import write_private
 from server.torchserve import STORE, TRIAL, Server, ServerError
@@ -62,7 +61,7 @@ class Trial:
 
 def upgrade(argv: Sequence[str]) -> None:
     """Serves another version of a model, without a request that fails. Raises ServerError if it cannot."""
-    arguments = _parse_upgrade(argv)
+    arguments = options.upgrade(argv)
     with _running() as server:
         _upgrade(arguments, server)
 
@@ -104,9 +103,7 @@ def _upgrade(arguments: argparse.Namespace, server: Server) -> None:
 
 def rollback(argv: Sequence[str]) -> None:
     """Ends a trial, or serves the version before again. Raises ServerError if there is none."""
-    parser = argparse.ArgumentParser(prog="scripts/rollback", description=rollback.__doc__)
-    parser.add_argument("model", metavar="NAME", help="name it is served under")
-    name = parser.parse_args(argv).model
+    name = options.rollback(argv).model
     with _running() as server:
         _rollback(name, server)
 
@@ -295,25 +292,3 @@ def _named(model: str, server: Server) -> tuple[str, str | None]:
     if separator and (Path(file).name != file or not file):
         raise ServerError(f"{model}: name a file inside the store, without its folder")
     return name, file if separator else None
-
-
-def _share(text: str) -> float:
-    if not re.fullmatch(r"\d{1,3}(\.\d{1,2})?", text) or not 0 < float(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: give percent, above 0 and up to 100")
-    return float(text)
-
-
-def _parse_upgrade(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="scripts/upgrade",
-        description="Serves another version of a model, without a request that fails: docs/operations.md.",
-    )
-    parser.add_argument("model", metavar="NAME[=FILE.mar]", help="name it is served under, and the new archive")
-    parser.add_argument("--store", type=Path, default=Path("model_store"), help="folder of the archives")
-    parser.add_argument(
-        "--share", type=_share, metavar="PERCENT", help="a trial: so many of the requests, instead of all (REST)"
-    )
-    parser.add_argument(
-        "--allow-downgrade", action="store_true", help="with --trust: a version older than the last one"
-    )
-    return parser.parse_args(argv)

@@ -17,8 +17,8 @@ import yaml
 from conftest import ROOT
 
 from server import torchserve
-from server.__main__ import parse
 from server.front import Settings
+from server.options import serve as parse
 from server.torchserve import Addresses, read_properties
 
 Object = dict[str, Any]

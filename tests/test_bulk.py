@@ -4,21 +4,21 @@ import asyncio
 import csv
 import itertools
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REVIEWS, Served
+from conftest import ROOT, run, succeeded
 from test_client import (
     Backend,
     QuietServer,
@@ -33,9 +33,8 @@ from test_client import (
 )
 
 import marble_client
+from benchmarks import bulk
 from marble_client import AsyncRestClient, Client, ItemError, RestClient, cli, retry
-from marble_client.bulk import Bulk
-from marble_client.many import Plan
 from marble_client.retry import Patience
 from marble_client.stubs import inference_pb2, inference_pb2_grpc, management_pb2, management_pb2_grpc
 
@@ -947,37 +946,23 @@ def test_neither_the_library_nor_a_single_prediction_needs_what_files_need(url: 
 # A real server
 
 
-def test_a_worker_that_is_killed_midway_changes_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, parameters = "reviews-fp32", {"top_k": 1}
-    with (REVIEWS / "train.csv").open(encoding="utf-8", newline="") as file:
-        reviews = [row["text"] for row in csv.DictReader(file)]
-    given = list(itertools.islice(itertools.cycle(reviews), 2000))
-    write("in.csv", [{"text": text} for text in given])
-    [version] = served.manage("GET", f"/models/{name}").json()
-    victims = [worker["pid"] for worker in version["workers"]]
-    asked = itertools.count(1)
+def test_a_server_that_is_killed_midway_changes_nothing(store: Path) -> None:
+    """A quick run of benchmarks/bulk, on the archive that all tests share. What is counted must be met, memory too."""
+    Path("store").mkdir()
+    for path in store.glob("reviews.*"):
+        shutil.copy(path, "store")
+    command = (sys.executable, "-m", "benchmarks.bulk", "--quick", "--work", Path.cwd(), "--output", "found.json")
+    output = succeeded(run(*command, cwd=Path.cwd(), PYTHONPATH=f"{ROOT}"))
+    found = json.loads(Path("found.json").read_text())
+    assert [target["met"] for target in found["targets"]] == [True] * 7
+    assert [victim for _, victim in found["runs"]["killed"]["kills"]] == ["server"]
+    assert output.count(": met") == 7
 
-    with served.rest_client() as client:
-        undisturbed = list(client.predict_many(name, given, parameters))
-        predict = client.predict
 
-        def kill_then_predict(*given: Any, **options: Any) -> Any:
-            if next(asked) == 30:
-                for victim in victims:
-                    os.kill(victim, signal.SIGKILL)
-            return predict(*given, **options)
-
-        monkeypatch.setattr(client, "predict", kill_then_predict)
-        plan = Plan(name, parameters)
-        with Bulk(Path("in.csv"), Path("out.parquet"), plan, column=None, overwrite=False) as bulk:
-            bulk.predict(client)
-            assert bulk.finish() == (0, False)
-
-    assert set(victims).isdisjoint(served.workers())
-    found = read("out.parquet")
-    assert [row["text"] for row in found] == given
-    assert [row["error"] for row in found] == [None] * len(given)
-    expected: Any = [labels for [labels] in undisturbed]
-    assert [row["label"] for row in found] == [best["label"] for best in expected]
-    # The kill moves no row into another request, but requests share batches as they come.
-    assert [row["score"] for row in found] == pytest.approx([best["score"] for best in expected], abs=1e-4)
+def test_the_page_has_the_results_that_are_committed() -> None:
+    text, results = bulk.DOCUMENT.read_text(encoding="utf-8"), json.loads(bulk.RESULTS.read_text(encoding="utf-8"))
+    assert bulk.document(results, text) == text
+    assert [asdict(target) for target in bulk.targets(results)] == results["targets"]
+    assert results["runs"]["killed"]["rows"] == 100_000
+    worse = {**results, "output": {**results["output"], "lost": 1, "same_bytes": False}}
+    assert [target.id for target in bulk.targets(worse) if not target.met] == ["lost", "bytes"]

@@ -216,6 +216,12 @@ class Awaited:
 
         return self._runner.run(results())
 
+    def stream(self, *given: Any, **options: Any) -> list[Any]:
+        async def tokens() -> list[Any]:
+            return [token async for token in self._client.stream(*given, **options)]  # type: ignore[attr-defined]
+
+        return self._runner.run(tokens())
+
     def __enter__(self) -> "Awaited":
         return self
 

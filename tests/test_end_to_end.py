@@ -1,5 +1,6 @@
 """A real TorchServe, real clients: every door gives the same answers, and nothing a client sends ends a worker."""
 
+import asyncio
 import csv
 import itertools
 import json
@@ -423,6 +424,7 @@ def test_explanations(served: Served, same_workers: None) -> None:
     assert [GOOD["inputs"][word["start"] : word["end"]] for word in words] == [word["word"] for word in words]
     with served.rest_client() as client:
         assert close(client.explain("reviews", TEXT).predictions, found)
+    assert close(asyncio.run(awaited_explanation(served)), found)
     told = succeeded(marble(served, "explain", "reviews", TEXT))
     assert close(json.loads(told), found)
     best = json.loads(succeeded(marble(served, "explain", "reviews", TEXT, "--top-k", "1", "--details")))
@@ -431,6 +433,11 @@ def test_explanations(served: Served, same_workers: None) -> None:
     refused = marble(served, "explain", "reviews", TEXT, "--grpc")
     assert refused.returncode == 2
     assert "over REST" in refused.stderr
+
+
+async def awaited_explanation(served: Served) -> Any:
+    async with marble_client.AsyncRestClient(served.url, token=served.token) as client:
+        return (await client.explain("reviews", TEXT)).predictions
 
 
 def close(one: Any, other: Any) -> bool:

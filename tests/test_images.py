@@ -26,6 +26,7 @@ from PIL import Image
 from text_models import converted
 from transformers.image_utils import load_image
 
+import marble_client
 from handler.engine import Engine
 from handler.errors import (
     InvalidInput,
@@ -39,6 +40,7 @@ from handler.errors import (
 from handler.inputs import Encoded
 from handler.inputs.images import ImageInputs, ImageProcessor, decode
 from handler.messages import Request, Result
+from marble_client import cli
 from marble_client.stubs import (
     open_inference_grpc_pb2,
     open_inference_grpc_pb2_grpc,
@@ -831,6 +833,52 @@ def test_the_hubs_client_gets_what_the_pipeline_gives(
         assert {entry.label: entry.score for entry in everything} == pytest.approx(wanted, abs=1e-4)
         [first] = client.image_classification(file, top_k=1)
         assert first.label == next(iter(wanted))
+
+
+def test_a_heat_map_is_drawn_over_the_image(
+    served: Served,
+    hundred: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`marble explain --file X --output Y`: each square is of the colour, and as deep, as its number says."""
+    content = saved(Image.open(hundred[3]).convert("RGB").resize((40, 30)))  # the model sees the whole of it
+    (tmp_path / "digit.png").write_bytes(content)
+    with served.rest_client() as client:
+        first = client.explain("numerals", content).predictions["explanations"][0]  # type: ignore[index, call-overload]
+    rows, box = np.array(first["heat_map"]), first["box"]
+    command = ["explain", "numerals", "--url", served.url, "--token", served.token]
+    picture, heat = str(tmp_path / "digit.png"), tmp_path / "heat.png"
+    assert cli.main([*command, "--file", picture, "--output", str(heat)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digit.png", "heat.png"]
+
+    drawn = np.asarray(Image.open(heat), dtype=float)
+    scale = 480 // 40
+    assert drawn.shape == (30 * scale, 40 * scale, 3)
+    plain = np.asarray(Image.open(picture).resize((480, 360), Image.Resampling.NEAREST), dtype=float)
+    down, across = np.unravel_index(np.abs(rows).argmax(), rows.shape)
+    y = round(scale * (box["ymin"] + (down + 0.5) * (box["ymax"] - box["ymin"]) / len(rows)))
+    x = round(scale * (box["xmin"] + (across + 0.5) * (box["xmax"] - box["xmin"]) / len(rows[0])))
+    colour = (217, 72, 15) if rows[down, across] > 0 else (24, 100, 171)
+    assert drawn[y, x] == pytest.approx(0.25 * plain[y, x] + 0.75 * np.array(colour), abs=2)
+
+    (tmp_path / "no.png").write_bytes(b"no image")
+    capsys.readouterr()
+    for given, code, message in (
+        (["--file", picture, picture], 2, "--output draws over one image: name it with --file"),
+        (["a text"], 2, "--output draws over one image: name it with --file"),
+        (["--file", str(tmp_path / "none.png")], 2, "none.png: No such file"),
+        (["--file", str(tmp_path / "no.png")], 1, "UnsupportedMediaType"),
+    ):
+        assert cli.main([*command, *given, "--output", str(tmp_path / "other.png")]) == code
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "marble_client.heat")
+    monkeypatch.delattr(marble_client, "heat")
+    assert cli.main([*command, "--file", picture, "--output", str(tmp_path / "other.png")]) == 2
+    assert "pip install 'marble-client[image]'" in capsys.readouterr().err
+    assert not (tmp_path / "other.png").exists()
 
 
 MALFORMED: dict[str, tuple[bytes, str | None, int]] = {

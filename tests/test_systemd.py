@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-from server.__main__ import parse
 from server.front import Settings
+from server.options import serve as parse
 
 UNIT = ROOT / "deploy" / "systemd" / "marble.service"
 

@@ -1,5 +1,6 @@
 """Text generation, whole: answers of the Inference API, streams, training, and a real TorchServe with real clients."""
 
+import asyncio
 import dataclasses
 import json
 import math
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +27,7 @@ from conftest import NO_CHECKPOINTS, HubClient, Served, build_here, run, succeed
 from datasets import Dataset
 from huggingface_hub.errors import GenerationError
 from huggingface_hub.inference._generated.types import TextGenerationInputGenerateParameters
+from test_client import Awaited
 from ts.context import Context, RequestProcessor
 from ts.protocol.otf_message_handler import create_predict_response
 
@@ -712,6 +715,34 @@ def test_marble_client_streams(served: Served, trained: Path) -> None:
         assert several[1]["code"] == 422  # type: ignore[index, call-overload]
 
 
+def test_marble_client_streams_to_those_who_await(served: Served) -> None:
+    """The same tokens, several streams at a time; one that is left early leaves the others alone."""
+    parameters = {"max_new_tokens": 10}
+    with served.rest_client() as client:
+        expected = list(client.stream(MODEL, PROMPT, parameters))
+
+    async def whole(client: marble_client.AsyncRestClient) -> list[marble_client.Token]:
+        return [token async for token in client.stream(MODEL, PROMPT, parameters)]
+
+    async def left_early(client: marble_client.AsyncRestClient) -> list[marble_client.Token]:
+        async with aclosing(client.stream(MODEL, PROMPT, parameters)) as tokens:
+            return [await anext(tokens)]
+
+    async def ask() -> list[list[marble_client.Token]]:
+        async with marble_client.AsyncRestClient(served.url, token=served.token) as client:
+            with pytest.raises(marble_client.InvalidParameter, match="'top_k' must be at least 0"):
+                await anext(client.stream(MODEL, PROMPT, {"top_k": -3}))
+            with pytest.raises(ValueError, match="no model name"):
+                client.stream("a/b", PROMPT)
+            with pytest.raises(marble_client.ServerError, match="not explained"):
+                await client.explain(MODEL, PROMPT)
+            return await asyncio.gather(whole(client), left_early(client), whole(client))
+
+    first, [head], second = asyncio.run(ask())
+    assert first == second == expected
+    assert head == expected[0]
+
+
 def test_marble_client_over_grpc(served: Served, trained: Path) -> None:
     with served.grpc_client() as client:
         found = client.predict(MODEL, PROMPT, {"max_new_tokens": 10}).predictions
@@ -877,11 +908,11 @@ def test_corpora_are_read_as_documents(tmp_path: Path) -> None:
 # --- the client, when a stream goes wrong
 
 
-@pytest.fixture
-def faulty() -> Iterator[Callable[..., marble_client.RestClient]]:
+@pytest.fixture(params=["called", "awaited"])
+def faulty(request: pytest.FixtureRequest) -> Iterator[Callable[..., marble_client.RestClient]]:
     """A client of a server that answers its requests with the given pieces of HTTP, one list for each."""
     listener = socket.create_server(("127.0.0.1", 0))
-    clients = []
+    clients: list[Any] = []
 
     def answer(replies: Sequence[Sequence[bytes | float]]) -> None:
         for reply in replies:
@@ -897,12 +928,17 @@ def faulty() -> Iterator[Callable[..., marble_client.RestClient]]:
     def start(*replies: Sequence[bytes | float], timeout: float = 20) -> marble_client.RestClient:
         threading.Thread(target=answer, args=(replies,), daemon=True).start()
         host, port = listener.getsockname()
-        clients.append(marble_client.RestClient(f"http://{host}:{port}", timeout=timeout))
-        return clients[-1]
+        kind = marble_client.RestClient if request.param == "called" else marble_client.AsyncRestClient
+
+        def make() -> Any:
+            return kind(f"http://{host}:{port}", timeout=timeout)
+
+        clients.append(make() if request.param == "called" else Awaited(make))
+        return clients[-1]  # type: ignore[no-any-return]
 
     yield start
     for client in clients:
-        client.close()
+        client.__exit__(None, None, None)
     listener.close()
 
 

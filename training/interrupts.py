@@ -4,6 +4,9 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# The exit code of a command that was interrupted.
+INTERRUPTED = 128 + signal.SIGINT
+
 _interrupted = False
 
 

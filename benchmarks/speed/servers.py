@@ -110,6 +110,16 @@ class Server:
         self._process = None
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    def kill(self) -> None:
+        """Ends it and all that it has started with SIGKILL, as a crash of the machine would."""
+        assert self._process is not None
+        family = self._family()
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=5)
+        self.stop()
+
     def rest(self) -> None:
         """Stops it if it takes processor time from the others while nobody asks it."""
         if self.idle_cpu is None:

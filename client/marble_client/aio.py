@@ -60,17 +60,16 @@ class AsyncClient(ABC):
     ) -> Answer[Json]:
         """As `Client.predict`."""
         check_model(model, version)
-        return await self._answer(model, version, encode_request(inputs, parameters), timeout)
+        body = encode_request(inputs, parameters)
+        return await self._answer(lambda deadline: self._predict(model, version, body, deadline), timeout)
 
     async def canary(self, model: str, *, version: str | None = None, timeout: float | None = None) -> float:
         """As `Client.canary`."""
-        check_model(model, version)
-        return decode_drift((await self._answer(model, version, CANARY, timeout)).predictions)
+        return decode_drift((await self._canary(model, version, timeout)).predictions)
 
     async def identify(self, model: str, *, version: str | None = None, timeout: float | None = None) -> ModelInfo:
         """As `Client.identify`."""
-        check_model(model, version)
-        return (await self._answer(model, version, CANARY, timeout)).model
+        return (await self._canary(model, version, timeout)).model
 
     @overload
     async def classify(
@@ -156,19 +155,27 @@ class AsyncClient(ABC):
     ) -> None:
         await self.close()
 
-    async def _answer(self, model: str, version: str | None, body: bytes, timeout: float | None) -> Answer[Json]:
-        deadline = Deadline(self._timeout if timeout is None else timeout)
+    async def _canary(self, model: str, version: str | None, timeout: float | None) -> Answer[Json]:
+        check_model(model, version)
+        return await self._answer(lambda deadline: self._predict(model, version, CANARY, deadline), timeout)
+
+    async def _answer(self, exchange: Callable[[Deadline], Awaitable[bytes]], timeout: float | None) -> Answer[Json]:
+        """The answer to an exchange of bytes, with retries. timeout: seconds, None for the client's own."""
+        deadline = self._deadline(timeout)
 
         async def attempt() -> Answer[Json]:
-            return decode_answer(await self._predict(model, version, body, deadline))
+            return decode_answer(await exchange(deadline))
 
-        return await _with_retries(attempt, deadline)
+        return await with_retries(attempt, deadline)
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        return Deadline(self._timeout if timeout is None else timeout)
 
     async def _described(self, model: str, version: str | None, deadline: Deadline) -> ServedModel:
         async def attempt() -> ServedModel:
             return decode_description(await self._describe(model, version, deadline))
 
-        return await _with_retries(attempt, deadline)
+        return await with_retries(attempt, deadline)
 
     async def _names(self, deadline: Deadline) -> list[str]:
         names: list[str] = []
@@ -182,7 +189,7 @@ class AsyncClient(ABC):
         async def attempt() -> tuple[list[str], int | None]:
             return decode_page(await self._list(page, deadline), page)
 
-        return await _with_retries(attempt, deadline)
+        return await with_retries(attempt, deadline)
 
     async def _predict_many(self, inputs: Iterable[Input], plan: Plan) -> AsyncGenerator[Json | ItemError]:
         gate = asyncio.Semaphore(plan.concurrency)
@@ -234,7 +241,7 @@ class AsyncClient(ABC):
         return None
 
 
-async def _with_retries(call: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
+async def with_retries(call: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
     """Await `call`, again as `pause` has it."""
     tried = 0
     while True:

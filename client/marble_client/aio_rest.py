@@ -1,6 +1,8 @@
 """Marble over REST, for asyncio."""
 
 import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 
 import requests
 
@@ -9,10 +11,12 @@ try:
 except ImportError as error:
     raise ImportError(f"AsyncRestClient needs aiohttp ({error}): pip install 'marble-client[async]'") from None
 
-from marble_client.aio import AsyncClient
+from marble_client.aio import AsyncClient, with_retries
+from marble_client.answer import Answer, Input, Json, Token
 from marble_client.rest import good, headers, host_of, hung_up, model_path, no_host, no_server
 from marble_client.retry import Deadline
 from marble_client.tokens import bearer, is_loopback
+from marble_client.wire import Stream, check_model, encode_request
 
 
 class AsyncRestClient(AsyncClient):
@@ -36,6 +40,58 @@ class AsyncRestClient(AsyncClient):
 
     async def close(self) -> None:
         await self._session.close()
+
+    def stream(
+        self,
+        model: str,
+        prompt: str,
+        parameters: Mapping[str, Json] | None = None,
+        *,
+        version: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Token]:
+        """As `RestClient.stream`, for `async for`; what is not iterated to its end is best closed by `aclosing`."""
+        check_model(model, version)
+        body = encode_request(prompt, parameters, stream=True)
+        return self._stream(f"/predictions/{model_path(model, version)}", body, self._deadline(timeout))
+
+    async def explain(
+        self,
+        model: str,
+        inputs: Input,
+        parameters: Mapping[str, Json] | None = None,
+        *,
+        version: str | None = None,
+        timeout: float | None = None,
+    ) -> Answer[Json]:
+        """As `RestClient.explain`."""
+        check_model(model, version)
+        body, path = encode_request(inputs, parameters), f"/explanations/{model_path(model, version)}"
+        return await self._answer(
+            lambda deadline: self._inference.exchange(self._session, "POST", path, deadline, body), timeout
+        )
+
+    async def _stream(self, path: str, body: bytes, deadline: Deadline) -> AsyncGenerator[Token]:
+        async def begin() -> tuple[Token, AsyncGenerator[Token]]:
+            tokens = self._tokens(path, body, deadline)
+            return await anext(tokens), tokens
+
+        first, rest = await with_retries(begin, deadline)
+        async with aclosing(rest):
+            yield first
+            async for token in rest:
+                yield token
+
+    async def _tokens(self, path: str, body: bytes, deadline: Deadline) -> AsyncGenerator[Token]:
+        """Tokens up to the last one, at least one. Raises BadResponse if that is missing."""
+        stream = Stream()
+        async with aclosing(self._inference.pieces(self._session, path, deadline, body)) as pieces:
+            async for piece in pieces:
+                for token in stream.tokens(piece):
+                    yield token
+                    if token.end is not None:
+                        return  # the server may keep the connection open a little longer
+        raise stream.broken_off()
 
     async def _predict(self, model: str, version: str | None, body: bytes, deadline: Deadline) -> bytes:
         path = f"/predictions/{model_path(model, version)}"
@@ -64,19 +120,41 @@ class _Endpoint:
         self, session: aiohttp.ClientSession, method: str, path: str, deadline: Deadline, body: bytes | None = None
     ) -> bytes:
         """Send one request; returns the body of a good reply."""
+        async with self._response(session, method, path, deadline, body) as response:
+            return await self._content(response, deadline)
+
+    async def pieces(
+        self, session: aiohttp.ClientSession, path: str, deadline: Deadline, body: bytes
+    ) -> AsyncGenerator[bytes]:
+        """Send one request; yields the body of a good reply as it comes."""
+        async with self._response(session, "POST", path, deadline, body) as response:
+            if response.status >= 300:
+                await self._content(response, deadline)
+            # The time is that of each wait: while its caller has the tokens, nothing may be cancelled.
+            while True:
+                async with asyncio.timeout(deadline.left()):
+                    piece = await response.content.readany()
+                if not piece:
+                    return
+                yield piece
+
+    @asynccontextmanager
+    async def _response(
+        self, session: aiohttp.ClientSession, method: str, path: str, deadline: Deadline, body: bytes | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A reply whose body is yet to be read, in terms of our errors."""
         try:
-            async with (
-                asyncio.timeout(deadline.left()),
-                session.request(
+            async with asyncio.timeout(deadline.left()):
+                response = await session.request(
                     method,
                     self._url + path,
                     data=body,
                     headers=self._authorization | headers(body),
                     proxy=self._proxy,
                     allow_redirects=False,
-                ) as response,
-            ):
-                content = await response.read()
+                )
+            async with response:
+                yield response
         except TimeoutError as error:
             raise deadline.missed() from error
         except aiohttp.ClientConnectorDNSError as error:
@@ -85,4 +163,9 @@ class _Endpoint:
             raise no_server(self._url) from error
         except aiohttp.ClientError as error:
             raise hung_up(self._url, error) from error
+
+    async def _content(self, response: aiohttp.ClientResponse, deadline: Deadline) -> bytes:
+        """The whole body of a reply. Raises the error that it is instead."""
+        async with asyncio.timeout(deadline.left()):
+            content = await response.read()
         return good(self._url, response.status, content, response.headers.get("Retry-After", ""))

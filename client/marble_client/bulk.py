@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,23 +18,13 @@ from typing import Self
 
 from tqdm import tqdm
 
-from marble_client.answer import Input, ItemError, Json
+from marble_client.answer import ItemError, Json
 from marble_client.client import Client
+from marble_client.columns import ADDED, added, are_labels, free_names, reader
 from marble_client.many import Batch, Plan, predict_batches
-from marble_client.tables import Kinds, Row, check_suffix, plain, rows_of, survey, writing
+from marble_client.tables import check_suffix, rows_of, survey, writing
 from marble_client.wire import without_details
 
-# Columns that are one input together: the names it is sent under, each with its column. Pairs as train.py takes them.
-_TOGETHER = (
-    {"text": "text", "text_pair": "text_pair"},
-    {"text": "text_a", "text_pair": "text_b"},
-    {"text": "sentence1", "text_pair": "sentence2"},
-    {"text": "premise", "text_pair": "hypothesis"},
-    {"text": "question1", "text_pair": "question2"},
-    {"text": "question", "text_pair": "sentence"},
-    {"question": "question", "context": "context"},
-)
-_ADDED: Kinds = {"label": "string", "score": "number", "prediction": "json", "error": "string"}
 _SYNC_EVERY_S = 1.0
 
 
@@ -50,8 +40,8 @@ class Bulk:
         with _said(target):
             self._state = _state(source)
             self._kinds, self.rows = survey(source)
-            self._input = _reader(source, self._kinds, column)
-            self._names = _free_names(source, self._kinds)
+            self._input = reader(source, self._kinds, column)
+            self._names = free_names(source, self._kinds)
             with source.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             parameters = dict(plan.parameters or {})
@@ -88,8 +78,8 @@ class Bulk:
         """Write the output. Returns how many rows failed, and whether a text was cut to fit the model."""
         if _state(self._source) != self._state:
             raise ValueError(f"{self._source} changed while it was read: delete {self._part.path} and start anew")
-        columns = self._columns()
-        kinds = {**self._kinds, **{self._names[name]: _ADDED[name] for name in columns(None)}}
+        columns = added(self._part.labels, self._plan.parameters or {})
+        kinds = {**self._kinds, **{self._names[name]: ADDED[name] for name in columns(None)}}
         unfinished = self._target.with_name(f"{self._target.name}.tmp")
         with _said(self._target):
             with writing(unfinished, self._target.suffix, kinds) as write:
@@ -100,20 +90,6 @@ class Bulk:
             _sync(self._target.parent)
             self._part.path.unlink()
         return self._part.failed, self._part.truncated
-
-    def _columns(self) -> Callable[[Json], dict[str, Json]]:
-        """What becomes of a result in the output; of None, for the names."""
-        parameters = self._plan.parameters or {}
-        several = parameters.get("top_k", 1) != 1 or "threshold" in parameters
-        if not self._part.labels or several:
-            return lambda result: {"prediction": _of(result, "prediction"), "error": _of(result, "error")}
-
-        def best(result: Json) -> dict[str, Json]:
-            labels = _of(result, "prediction")
-            label = labels[0] if isinstance(labels, list) and labels else None
-            return {"label": _of(label, "label"), "score": _of(label, "score"), "error": _of(result, "error")}
-
-        return best
 
 
 class _Part:
@@ -211,17 +187,7 @@ class _Part:
         self._digest = self._digest or digest
         for prediction in (result["prediction"] for result in results if "prediction" in result):
             if prediction != []:  # no label over the threshold, or no entity found
-                self.labels = self.labels is not False and _are_labels(prediction)
-
-
-def _are_labels(prediction: Json) -> bool:
-    return isinstance(prediction, list) and all(
-        isinstance(entry, dict) and entry.keys() == {"label", "score"} for entry in prediction
-    )
-
-
-def _of(value: Json, name: str) -> Json:
-    return value.get(name) if isinstance(value, dict) else None
+                self.labels = self.labels is not False and are_labels(prediction)
 
 
 def _check(source: Path, target: Path, overwrite: bool) -> None:
@@ -235,27 +201,6 @@ def _check(source: Path, target: Path, overwrite: bool) -> None:
             raise ValueError(f"{target} is the input: choose another output")
         if not (overwrite and target.is_file()):
             raise ValueError(f"{target} is there already: choose another output, or --overwrite")
-
-
-def _reader(path: Path, kinds: Kinds, column: str | None) -> Callable[[Row], Input]:
-    """What makes an input of a row."""
-    if column is None and "text" in kinds and "text_pair" not in kinds:
-        column = "text"
-    if column in kinds:
-        return lambda row: plain(row.get(column))
-    together = next((names for names in _TOGETHER if set(names.values()) <= kinds.keys()), None)
-    if column is None and together is not None:
-        return lambda row: {name: plain(row.get(of)) for name, of in together.items()}
-    there = ", ".join(map(repr, kinds)) or "none"
-    raise ValueError(f"{path}: there is no column {column or 'text'!r}; the file has {there}: name it with --column")
-
-
-def _free_names(path: Path, kinds: Kinds) -> dict[str, str]:
-    """The names of the columns that are added; the input's own keep theirs."""
-    names = {name: f"predicted_{name}" if name in kinds else name for name in _ADDED}
-    if taken := [name for name in names.values() if name in kinds]:
-        raise ValueError(f"{path}: the columns {taken[0]!r} and {taken[0].removeprefix('predicted_')!r} are both taken")
-    return names
 
 
 def _state(path: Path) -> tuple[int, int]:

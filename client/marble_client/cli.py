@@ -87,11 +87,7 @@ def _predict(args: argparse.Namespace, client: Client) -> int:
     answer = client.predict(args.name, inputs[0] if single else inputs, parameters, version=args.model_version)
     predictions = _unnest(answer.predictions) if single else answer.predictions
     if args.output is not None:
-        content = _media(predictions)
-        try:
-            args.output.write_bytes(content)
-        except OSError as error:
-            raise ValueError(f"--output {args.output}: {error.strerror}") from None
+        _write(args.output, _media(predictions))
         return OK
     shown = {**asdict(answer), "predictions": predictions} if args.details else without_details(predictions)
     print(json.dumps(shown, ensure_ascii=False))
@@ -158,13 +154,38 @@ def _outcome(answer: Answer[Json], count: int) -> int:
 def _explain(args: argparse.Namespace, client: Client) -> int:
     if not isinstance(client, RestClient):
         raise ValueError("TorchServe explains over REST: leave --grpc out")
-    inputs = _inputs(args)
     given = given_options(method=args.method, top_k=args.top_k, overflow=args.overflow)
     parameters = given | dict(args.parameter)
+    if args.output is not None:
+        return _draw(args, client, parameters)
+    inputs = _inputs(args)
     single = len(inputs) == 1
     answer = client.explain(args.name, inputs[0] if single else inputs, parameters, version=args.model_version)
     print(json.dumps(asdict(answer) if args.details else answer.predictions, ensure_ascii=False))
     return _outcome(answer, len(inputs))
+
+
+def _draw(args: argparse.Namespace, client: RestClient, parameters: dict[str, Json]) -> int:
+    """Draws what speaks for the first answer over the image that was asked about."""
+    try:
+        from marble_client import heat
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    if not args.file or len(args.text) != 1 or args.details:
+        raise ValueError("--output draws over one image: name it with --file, and leave --details out")
+    [content] = _files(args.text)
+    answer = client.explain(args.name, content, parameters, version=args.model_version)
+    _write(args.output, heat.draw(content, *_heat_map(answer.predictions)))
+    return OK
+
+
+def _heat_map(explanation: Json) -> tuple[Any, Any]:
+    """Its squares and what they cover, of the first answer that is explained."""
+    found = explanation.get("explanations") if isinstance(explanation, dict) else None
+    first = found[0] if isinstance(found, list) and found else None
+    if not (isinstance(first, dict) and "heat_map" in first):
+        raise ValueError("--output: this model does not explain images; leave --output out")
+    return first["heat_map"], first["box"]
 
 
 def _stream(args: argparse.Namespace, client: Client, inputs: list[Input], parameters: dict[str, Json]) -> int:
@@ -245,12 +266,17 @@ def _connect(args: argparse.Namespace, tokens: Tokens) -> Client:
 def _inputs(args: argparse.Namespace) -> list[Input]:
     """What to predict for: files, texts, or JSON values."""
     if args.file:
-        try:
-            return [Path(path).read_bytes() for path in args.text]
-        except OSError as error:
-            raise ValueError(f"--file {error.filename}: {error.strerror}") from None
+        return list(_files(args.text))
     texts = _texts(args.text)
     return [_json(text) for text in texts] if args.json else list(texts)
+
+
+def _files(names: list[str]) -> list[bytes]:
+    """The contents of files."""
+    try:
+        return [Path(name).read_bytes() for name in names]
+    except OSError as error:
+        raise ValueError(f"--file {error.filename}: {error.strerror}") from None
 
 
 def _json(text: str) -> Json:
@@ -278,6 +304,19 @@ def _media(prediction: Json) -> bytes:
         return base64.b64decode(prediction if isinstance(prediction, str) else "-", validate=True)
     except ValueError:
         raise ValueError("--output: this model does not answer with an image or a sound; leave --output out") from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that is there whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        try:
+            unfinished.write_bytes(content)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {path}: {error.strerror}") from None
 
 
 def _texts(given: list[str]) -> list[str]:
@@ -404,11 +443,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  marble explain sentiment 'what a film'\n"
         "  marble explain sentiment 'what a film' --method integrated_gradients\n"
-        "  marble explain digits --file seven.png --top-k 1\n"
+        "  marble explain digits --file seven.png --output heat.png\n"
         '  marble explain qa --json \'{"question": "Who came?", "context": "Ann came late."}\'',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_inputs(explain)
+    explain.add_argument(
+        "--output",
+        metavar="PNG",
+        type=Path,
+        help="where to draw the squares of an image that speak for its first answer",
+    )
     explain.add_argument(
         "--method",
         choices=["occlusion", "integrated_gradients"],

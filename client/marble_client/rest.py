@@ -15,7 +15,7 @@ from marble_client.errors import BadResponse, ConnectionFailed, MarbleError
 from marble_client.retry import Deadline, with_retries
 from marble_client.tokens import bearer, is_loopback
 from marble_client.trace import traceparent
-from marble_client.wire import check_model, decode_error, decode_event, encode_request
+from marble_client.wire import Stream, check_model, decode_error, encode_request
 
 CHUNK_BYTES = 64 * 1024
 MOST_CONNECTIONS = 64  # kept open for threads that share a client; requests' own pool keeps ten
@@ -58,12 +58,11 @@ class RestClient(TransportClient):
         body = encode_request(prompt, parameters, stream=True)
         deadline = Deadline(self._timeout if timeout is None else timeout)
 
-        def begin() -> tuple[Token | None, Generator[Token]]:
+        def begin() -> tuple[Token, Generator[Token]]:
             tokens = self._tokens(f"/predictions/{model_path(model, version)}", body, deadline)
-            return next(tokens, None), tokens
+            return next(tokens), tokens
 
-        first, rest = with_retries(begin, deadline)
-        return _until_end(first, rest)
+        return _again(*with_retries(begin, deadline))
 
     def explain(
         self,
@@ -80,10 +79,15 @@ class RestClient(TransportClient):
         return self._answer(lambda deadline: self._inference.exchange("POST", path, deadline, body=body), timeout)
 
     def _tokens(self, path: str, body: bytes, deadline: Deadline) -> Generator[Token]:
-        with closing(self._inference.lines(path, deadline, body)) as lines:
-            for line in lines:
-                if (token := decode_event(line)) is not None:
+        """Tokens up to the last one, at least one. Raises BadResponse if that is missing."""
+        stream = Stream()
+        with closing(self._inference.pieces(path, deadline, body)) as pieces:
+            for piece in pieces:
+                for token in stream.tokens(piece):
                     yield token
+                    if token.end is not None:
+                        return  # the server may keep the connection open a little longer
+        raise stream.broken_off()
 
     def _predict(self, model: str, version: str | None, body: bytes, deadline: Deadline) -> bytes:
         return self._inference.exchange("POST", f"/predictions/{model_path(model, version)}", deadline, body=body)
@@ -117,15 +121,12 @@ class _Endpoint:
         with self._response(method, path, deadline, body) as response:
             return self._content(response, deadline)
 
-    def lines(self, path: str, deadline: Deadline, body: bytes) -> Generator[bytes]:
-        """Send one request; yields the lines of a good reply as they come."""
+    def pieces(self, path: str, deadline: Deadline, body: bytes) -> Generator[bytes]:
+        """Send one request; yields the body of a good reply as it comes."""
         with self._response("POST", path, deadline, body) as response:
             if response.status_code >= 300:
                 self._content(response, deadline)
-            rest = b""
-            for chunk in _chunks(response, deadline):
-                *lines, rest = (rest + chunk).split(b"\n")
-                yield from lines
+            yield from _chunks(response, deadline)
 
     @contextmanager
     def _response(self, method: str, path: str, deadline: Deadline, body: bytes | None) -> Iterator[requests.Response]:
@@ -211,16 +212,11 @@ def model_path(model: str, version: str | None) -> str:
     return model if version is None else f"{model}/{version}"
 
 
-def _until_end(first: Token | None, rest: Generator[Token]) -> Iterator[Token]:
-    """All tokens. Raises BadResponse if the last one is missing."""
-    token = first
+def _again(first: Token, rest: Generator[Token]) -> Iterator[Token]:
+    """All tokens, the first of which has been taken already."""
     with closing(rest):
-        while token is not None:
-            yield token
-            if token.end is not None:
-                return  # the server may keep the connection open a little longer
-            token = next(rest, None)
-    raise BadResponse("the stream broke off before the text was whole")
+        yield first
+        yield from rest
 
 
 def _chunks(response: requests.Response, deadline: Deadline) -> Iterator[bytes]:

@@ -3,7 +3,7 @@
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NoReturn, TypeVar
 
 from marble_client.answer import Answer, Input, ItemError, Json, Label, ModelInfo, ServedModel, TextEnd, Token, Usage
@@ -86,6 +86,25 @@ def decode_event(line: bytes) -> Token | None:
         _take(token, "special", bool),
         _text_end(event),
     )
+
+
+class Stream:
+    """The tokens in the bytes of a stream, however these are cut into pieces."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def tokens(self, piece: bytes) -> Iterator[Token]:
+        """Those whose lines end in this piece. Raises the error that one of them carries instead."""
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            if (token := decode_event(line)) is not None:
+                yield token
+
+    @staticmethod
+    def broken_off() -> BadResponse:
+        """What is raised when the bytes end before the text does."""
+        return BadResponse("the stream broke off before the text was whole")
 
 
 def _text_end(event: Json) -> TextEnd | None:
