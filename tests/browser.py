@@ -17,7 +17,7 @@ T = TypeVar("T")
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 WITHIN_S = 60.0
 # Keys that are no characters: https://www.w3.org/TR/webdriver2/#keyboard-actions
-ENTER, TAB = "\ue007", "\ue004"
+ENTER, TAB, LEFT, RIGHT = "\ue007", "\ue004", "\ue012", "\ue014"
 _ALL = "\ue009a\ue000"  # Ctrl and A, released
 
 
