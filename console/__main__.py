@@ -13,7 +13,8 @@ from console.connection import Connection
 # The browser itself refuses whatever is not from here, whichever version of Gradio wants it.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; worker-src 'self' blob:; frame-ancestors 'none'"
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self' blob:; worker-src 'self' blob:; "
+    "frame-ancestors 'none'"
 )
 
 

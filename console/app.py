@@ -376,14 +376,21 @@ def _form(console: Console, number: int, seen: gr.State, quiet: dict[str, Any]) 
             type="filepath",
             image_mode=None,
             sources=["webcam"],
-            webcam_options=gr.WebcamOptions(mirror=False),
+            # As large as classifiers need: a picture of a whole sensor would be more than the server takes.
+            webcam_options=gr.WebcamOptions(mirror=False, constraints={"video": {"width": 640, "height": 480}}),
+            buttons=[],
             label="or a picture from the camera",
             visible=False,
             elem_id=f"camera-{number}",
             height=240,
         )
     audio = gr.Audio(
-        type="filepath", sources=["upload", "microphone"], label="Sound", visible=False, elem_id=f"audio-{number}"
+        type="filepath",
+        sources=["upload", "microphone"],
+        buttons=["download"],
+        label="Sound",
+        visible=False,
+        elem_id=f"audio-{number}",
     )
     parameters = gr.Textbox(
         label="Parameters",

@@ -43,6 +43,8 @@ class Browser:
         arguments = [
             *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"),
             *("--window-size=1100,1400", f"--user-data-dir={profile}", "--disable-background-networking"),
+            # A camera that shows a green disc, and a microphone that beeps; nobody is asked whether they may be used.
+            *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
         ]
         wanted = {
             "goog:chromeOptions": {"args": arguments, "binary": shutil.which("chromium")},

@@ -18,6 +18,8 @@ ENVIRONMENT = ROOT / ".venv-console"
 # axe-core, https://github.com/dequelabs/axe-core, in a package of PyPI that carries it.
 AXE = "axe-playwright-python==0.1.8"
 TEXT = "warm room, cold staff"
+# The field for a model that is not listed.
+NAME = "#model :is(input, textarea)"
 
 
 @pytest.fixture(scope="session")

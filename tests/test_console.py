@@ -9,6 +9,7 @@ import io
 import json
 import subprocess
 import sys
+import wave
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
@@ -19,8 +20,9 @@ import pytest
 import requests
 from browser import Browser, until
 from conftest import OFFLINE, ROOT, Served, free_ports
-from console_page import TEXT, StartConsole, at, choose, click_tab, faults, holds, opened
+from console_page import NAME, TEXT, StartConsole, at, choose, click_tab, faults, holds, opened
 from console_server import DIGEST, HOSTILE, TASKS, TOKEN, FakeServer, png, wav
+from PIL import Image
 
 from console import batch, render, snippets, tasks
 from console.connection import Connection
@@ -36,10 +38,6 @@ from marble_client import (
     Unauthorized,
     Usage,
 )
-
-# The field for a model that is not listed.
-NAME = "#model :is(input, textarea)"
-
 
 # --- its parts ------------------------------------------------------------------------------------------------------
 
@@ -564,9 +562,45 @@ def test_a_file_is_sent_as_it_is(page: Browser, backend: FakeServer, tmp_path: P
     until(lambda: page.elements(heard(n) if media == "audio" else f"#image-{n} .file-preview"), "the file")
     page.click(f"#ask-{n}")
     page.reads(f"#facts-{n}", "Latency")
-    sent = [asked["inputs"] for asked in backend.asked if "inputs" in asked][-1]
-    assert base64.b64decode(sent) == (tmp_path / name).read_bytes()
+    assert sent(backend) == (tmp_path / name).read_bytes()
     assert name in holds(page, f"#curl-{n} textarea")
+
+
+def test_the_camera_and_the_microphone(page: Browser, backend: FakeServer, axe: str, tmp_path: Path) -> None:
+    """Of the image that was chosen and the one that was taken, the later one is sent."""
+    n = choose(page, "image-classification")
+    page.click(f"#camera-{n} button:not([aria-label])")
+    page.click(f"#camera-{n} [aria-label='capture photo']")
+    until(lambda: page.elements(f"#camera-{n} [aria-label='Remove Image']"), "a picture")
+    page.click(f"#ask-{n}")
+    page.reads(f"#facts-{n}", "Latency")
+    with Image.open(io.BytesIO(sent(backend))) as taken:
+        assert taken.size == (640, 480)
+        assert len(taken.convert("RGB").getcolors(640 * 480) or []) > 2
+    assert faults(page, axe) == []
+    (tmp_path / "seven.png").write_bytes(png())
+    page.upload(f"#image-{n} input[type=file]", tmp_path / "seven.png")
+    until(lambda: not page.elements(f"#camera-{n} [aria-label='Remove Image']"), "that the picture goes")
+    page.click(f"#ask-{n}")
+    until(lambda: sent(backend) == png(), "the file")
+
+    n = choose(page, "audio-classification")
+    page.click(f"#audio-{n} [aria-label='Record audio']")
+    page.click(f"#audio-{n} .record-button")
+    until(lambda: page.text(f"#audio-{n} time").strip() not in ("", "0:00"), "a second of sound")
+    page.click(f"#audio-{n} .stop-button")
+    until(lambda: page.elements(heard(n)), "the sound")
+    page.click(f"#ask-{n}")
+    page.reads(f"#facts-{n}", "Latency")
+    with wave.open(io.BytesIO(sent(backend))) as recorded:
+        assert recorded.getnframes() / recorded.getframerate() > 0.5
+        assert len(set(recorded.readframes(recorded.getnframes()))) > 2
+    assert [entry["message"] for entry in page.log("browser") if "Content Security Policy" in entry["message"]] == []
+
+
+def sent(backend: FakeServer) -> bytes:
+    """The file that a model was asked about last."""
+    return base64.b64decode([asked["inputs"] for asked in backend.asked if "inputs" in asked][-1])
 
 
 def test_no_file_chosen(page: Browser) -> None:
