@@ -13,7 +13,8 @@ from console.connection import Connection
 # The browser itself refuses whatever is not from here, whichever version of Gradio wants it.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; worker-src 'self' blob:; frame-ancestors 'none'"
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self' blob:; worker-src 'self' blob:; "
+    "frame-ancestors 'none'"
 )
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     """Serves the page until it is interrupted."""
     args = _parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    connection = Connection(args.url, args.management_url, args.token)
+    connection = Connection.to(args.url, args.management_url, args.metrics_url, args.token)
     try:
         connection.open().close()
     except ValueError as error:
@@ -78,14 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/console",
         description="A web page to ask a server's models from. Whoever can reach it asks with its token.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--url", default="http://127.0.0.1:8080", help="where the server predicts")
-    add("--management-url", default="http://127.0.0.1:8081", help="where it lists its models")
+    add("--url", default="http://127.0.0.1:8080", help="where the server predicts (default: %(default)s)")
+    add("--management-url", help="where it lists its models; http://127.0.0.1:8081, for an https --url none")
+    add("--metrics-url", help="where it counts; http://127.0.0.1:8082, for an https --url the same address")
     add("--token", help="the inference token; else MARBLE_TOKEN, else the one in key_file.json")
-    add("--port", type=int, default=7860, help="where the page is")
-    add("--host", default="127.0.0.1", help="the address that it listens on")
+    add("--port", type=int, default=7860, help="where the page is (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="the address that it listens on (default: %(default)s)")
     return parser
 
 

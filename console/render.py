@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from console.traffic import Live
 from marble_client import ModelInfo, ServedModel, TextEnd, Usage
 
 # The longer side, in pixels, of an image that is shown.
@@ -164,25 +165,67 @@ def facts(seconds: float, usage: Usage | None, model: ModelInfo | None, end: Tex
     return f'<dl class="facts">{listed}</dl>'
 
 
-def models(served: Sequence[ServedModel], known: Mapping[str, ModelInfo]) -> str:
-    """The table of what is served."""
-    if not served:
+def models(
+    served: Sequence[ServedModel] | None,
+    known: Mapping[str, ModelInfo],
+    live: Mapping[str, Live],
+    without: str,
+    left_out: Sequence[str],
+) -> str:
+    """The table of what is served and how it fares.
+
+    served: None where the list cannot be had. known: what each model said of itself; those that are not among `served`
+    were named by hand. without: why nothing is
+    counted, "" if it is. left_out: models that have no tab.
+    """
+    listed = [(model.name, model.version, f"{model.ready_workers} of {model.workers}") for model in served or ()]
+    named = known.keys() - {name for name, _, _ in listed}
+    listed += [(name, known[name].version, "unknown") for name in sorted(named)]
+    if not listed and served is None:
+        return "<p>The list of models is not to be had from here: write the name of one below.</p>"
+    if not listed:
         return "<p>No model is served: build one with build_mar.sh and start it with scripts/serve.</p>"
     rows = []
-    for model in served:
-        info = known.get(model.name)
+    for name, version, ready in listed:
+        info = known.get(name)
         task, digest = (info.task or "not told", info.digest) if info else ("unknown", "unknown")
-        ready = f"{model.ready_workers} of {model.workers}"
-        cells = (model.version, ready, task, f"{digest[:16]}…" if len(digest) > 16 else digest)
-        rows.append(
-            f'<tr><th scope="row">{escape(model.name)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("Model", "Version", "Ready workers", "Task", "Digest"))
+        numbers = _live(None if without else live.get(name, Live(0)))
+        cells = [
+            *(f"<td>{escape(cell)}</td>" for cell in (version, ready, task)),
+            *(f'<td class="number">{number}</td>' for number in numbers),
+            f"<td>{escape(digest[:16])}{'…' if len(digest) > 16 else ''}</td>",
+        ]
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}')
+    names = ("Model", "Version", "Ready workers", "Task", *_LIVE, "Digest")
+    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
+    note = "Requests since the server started; the rest of the last minute."
+    if without:
+        note = f"No metrics: {escape(without)}"
+    more = f"<p>Without a tab, for there are too many: {escape(', '.join(left_out))}</p>" if left_out else ""
     body = "</tr>".join(rows)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Models served"><table>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tr></tbody></table></div>"
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tr></tbody></table></div><p>{note}</p>{more}"
     )
+
+
+_LIVE = ("Requests", "A second", "Failed", "p50", "p95", "Queued")
+
+
+def _live(model: Live | None) -> list[str]:
+    """How a model fares, in the columns of `_LIVE`; a dash for what is not known."""
+    if model is None:
+        return ["–"] * len(_LIVE)
+
+    def milliseconds(seconds: float | None) -> str:
+        return "–" if seconds is None else f"{1000 * seconds:,.0f} ms"
+
+    return [
+        f"{model.requests:,}",
+        "–" if model.rate is None else f"{model.rate:.1f}",
+        "–" if model.failed is None else f"{100 * model.failed:.1f} %",
+        *map(milliseconds, (model.median, model.tail, model.queue)),
+    ]
 
 
 def waiting(words: str) -> str:
@@ -195,9 +238,10 @@ def fault(words: str) -> str:
     return f'<p class="fault" role="alert">{escape(words)}</p>'
 
 
-def heading(model: str | None, task: str | None) -> str:
-    """Of the form that asks a model."""
-    return f"<h2>Ask {escape(model or '')}</h2><p>{escape(task or '')}</p>"
+def heading(model: str, task: str | None, *, served: bool) -> str:
+    """Of the tab that asks a model."""
+    gone = "" if served else " (not served now)"
+    return f"<h2>Ask {escape(model)}</h2><p>{escape(task or 'its task is not known')}{gone}</p>"
 
 
 def progress(done: int, rows: int) -> str:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 WITHIN_S = 60.0
 # Keys that are no characters: https://www.w3.org/TR/webdriver2/#keyboard-actions
-ENTER, TAB = "\ue007", "\ue004"
+ENTER, TAB, LEFT, RIGHT = "\ue007", "\ue004", "\ue012", "\ue014"
 _ALL = "\ue009a\ue000"  # Ctrl and A, released
 
 
@@ -43,6 +43,8 @@ class Browser:
         arguments = [
             *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"),
             *("--window-size=1100,1400", f"--user-data-dir={profile}", "--disable-background-networking"),
+            # A camera that shows a green disc, and a microphone that beeps; nobody is asked whether they may be used.
+            *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
         ]
         wanted = {
             "goog:chromeOptions": {"args": arguments, "binary": shutil.which("chromium")},

@@ -25,6 +25,7 @@ import huggingface_hub
 import psutil
 import pytest
 import requests
+from console_page import axe, browser_environment, chromium, start_console  # noqa: F401
 
 import marble_client
 from handler import cpus

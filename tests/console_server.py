@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import wave
+from collections import Counter
 from typing import Any
 
 from PIL import Image
@@ -74,9 +75,13 @@ def _explanation(model: str) -> dict[str, Any]:
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    fake: "FakeServer"
+
     def do_GET(self) -> None:
-        if self.path.startswith("/models?"):
-            self._say(200, {"models": [{"modelName": name, "modelUrl": "x"} for name in TASKS]})
+        if self.path == "/metrics":
+            self._send(200, self.fake.metrics().encode())
+        elif self.path.startswith("/models?"):
+            self._say(200, {"models": [{"modelName": name, "modelUrl": "x"} for name in self.fake.models]})
         else:
             name = self.path.removeprefix("/models/")
             self._say(200, [{"modelName": name, "modelVersion": "1.0", "workers": [{"status": "READY"}]}])
@@ -85,23 +90,28 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers["Content-Length"]))
         # What is no JSON is an image or a sound as it is.
         body = json.loads(content) if self.headers["Content-Type"] == "application/json" else {"inputs": None}
-        self.server.asked.append(content if body.get("inputs", "") is None else body)  # type: ignore[attr-defined]
+        self.fake.asked.append(content if body.get("inputs", "") is None else body)
         kind, model = re.fullmatch(r"/(predictions|explanations)/([^/]+)", self.path).groups()  # type: ignore[union-attr]
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             message = "Token Authorization failed. Token either incorrect, expired, or not provided correctly"
             return self._say(400, {"code": 400, "type": "InvalidKeyException", "message": message})
         text = body.get("inputs")
-        if isinstance(text, str) and "refuse" in text:
+        refused = isinstance(text, str) and "refuse" in text
+        if body != {"canary": True}:
+            self.fake.counted[model, 422 if refused else 200] += 1
+        if refused:
             return self._say(422, {"error": "this text is refused", "code": 422, "type": "InvalidInput"})
         if body.get("stream"):
             return self._stream()
         if body == {"canary": True}:
             return self._answer({"drift": 0.0}, model)
-        return self._answer(_explanation(model) if kind == "explanations" else PREDICTIONS[model], model)
+        return self._answer(
+            _explanation(model) if kind == "explanations" else PREDICTIONS[model.partition("_")[0]], model
+        )
 
     def _answer(self, predictions: Any, model: str) -> None:
         usage = {"tokens": 12, "truncated": True, "windows": 1}
-        facts = {"name": model, "version": "1.0", "digest": DIGEST, "task": model}
+        facts = {"name": model, "version": "1.0", "digest": DIGEST, "task": model.partition("_")[0]}
         self._say(200, {"predictions": predictions, "usage": usage, "model": facts})
 
     def _stream(self) -> None:
@@ -120,7 +130,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _say(self, status: int, reply: Any) -> None:
-        content = json.dumps(reply).encode()
+        self._send(status, json.dumps(reply).encode())
+
+    def _send(self, status: int, content: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -131,11 +143,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 class FakeServer:
-    """Serves predictions and the list of models at one port, which it keeps when it is stopped and started again."""
+    """Serves predictions, a list of models and metrics at one port, which it keeps when it is stopped and started.
+
+    A model is named after its task; what follows a `_` in its name says nothing.
+    """
 
     def __init__(self) -> None:
         self.port = 0
+        self.models: list[str] = list(TASKS)
         self.asked: list[Any] = []  # what predictions were asked with: JSON, or bytes
+        self.counted: Counter[tuple[str, int]] = Counter()  # predictions and explanations, by model and status
         self.start()
 
     @property
@@ -145,12 +162,27 @@ class FakeServer:
 
     def start(self) -> None:
         """Begins to answer."""
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), _Handler)
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._server.daemon_threads = True
-        self._server.asked = self.asked  # type: ignore[attr-defined]
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
+
+    def metrics(self) -> str:
+        """What is counted, as TorchServe writes it: each request took from 10 to 25 ms, and waited 2 ms before."""
+        lines = ["# HELP marble_requests_total Torchserve prometheus counter metric with unit: Count"]
+        for (model, code), count in self.counted.items():
+            known = f'model="{model}",version="1.0"'
+            lines.append(f'marble_requests_total{{{known},protocol="rest",code="{code}",Hostname="h",}} {count}.0')
+        for model in {model for model, _ in self.counted}:
+            count = sum(number for (name, _), number in self.counted.items() if name == model)
+            for le, below in (("0.01", 0), ("0.025", count), ("+Inf", count)):
+                lines.append(f'marble_request_seconds_bucket{{model="{model}",version="1.0",le="{le}",}} {below}.0')
+            known = f'model_name="{model}",model_version="default",hostname="h",'
+            lines.append(f"ts_inference_requests_total{{{known}}} {count}.0")
+            lines.append(f"ts_queue_latency_microseconds{{{known}}} {2000 * count}.0")
+        return "\n".join(lines) + "\n"
 
     def stop(self) -> None:
         """Closes the port."""

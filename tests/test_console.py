@@ -7,31 +7,37 @@ import base64
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import wave
+from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import browser
 import pytest
 import requests
-from browser import Browser, browsing, until
+from browser import Browser, until
 from conftest import OFFLINE, ROOT, Served, free_ports
+from console_page import NAME, TEXT, StartConsole, at, choose, click_tab, faults, holds, opened
 from console_server import DIGEST, HOSTILE, TASKS, TOKEN, FakeServer, png, wav
+from PIL import Image
 
 from console import batch, render, snippets, tasks
 from console.connection import Connection
-from marble_client import BadRequest, ModelInfo, NotFound, RestClient, ServedModel, TextEnd, Unauthorized, Usage
-
-ENVIRONMENT = ROOT / ".venv-console"
-# axe-core, https://github.com/dequelabs/axe-core, in a package of PyPI that carries it.
-AXE = "axe-playwright-python==0.1.8"
-TEXT = "warm room, cold staff"
-
+from console.traffic import Live, Traffic
+from marble_client import (
+    BadRequest,
+    ModelInfo,
+    ModelMetrics,
+    NotFound,
+    RestClient,
+    ServedModel,
+    TextEnd,
+    Unauthorized,
+    Usage,
+)
 
 # --- its parts ------------------------------------------------------------------------------------------------------
 
@@ -76,7 +82,9 @@ def test_what_is_shown_is_escaped() -> None:
         render.sound(f'"{HOSTILE}'),
         render.explanation(explained, HOSTILE, None),
         render.facts(1, None, info, TextEnd("", HOSTILE, 1, None)),
-        render.models([ServedModel(HOSTILE, HOSTILE, 1, 1)], {HOSTILE: info}),
+        render.models([ServedModel(HOSTILE, HOSTILE, 1, 1)], {HOSTILE: info}, {}, HOSTILE, [HOSTILE]),
+        render.models(None, {HOSTILE: info}, {HOSTILE: Live(1)}, "", []),
+        render.heading(HOSTILE, HOSTILE, served=True),
         render.fault(HOSTILE),
         render.outcome([{"error": HOSTILE}]),
     ):
@@ -143,12 +151,42 @@ def test_the_facts() -> None:
 def test_faults_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MARBLE_TOKEN", raising=False)
-    there = Connection("http://127.0.0.1:1", "http://127.0.0.1:1", "secret")
+    there = Connection.to("http://127.0.0.1:1", None, None, "secret")
     assert there.words(Unauthorized("bad token")).startswith("bad token (inference token from --token; ")
     assert "secret" not in there.words(Unauthorized("bad token"))
     assert "table above" in there.words(NotFound("no such model"))
     assert there.words(BadRequest("no", kind="Odd")) == "no (Odd)"
     assert there.words(ValueError("not so")) == "not so"
+
+
+def test_where_the_server_is() -> None:
+    own = Connection.to("http://127.0.0.1:8080", None, None, None)
+    assert (own.management_url, own.metrics_url) == ("http://127.0.0.1:8081", "http://127.0.0.1:8082")
+    front = Connection.to("https://models.example.org:8443", None, None, None)
+    assert (front.management_url, front.metrics_url) == (None, front.url)
+
+
+def metrics(count: int, below: int = 0, failed: int = 0) -> dict[str, ModelMetrics]:
+    """Of a model with so many requests, of which so many took at most 10 ms, the others up to 20."""
+    return {
+        "m": ModelMetrics({200: count - failed, 503: failed}, {0.01: below, 0.02: count, inf: count}, count, count / 4)
+    }
+
+
+def test_traffic_is_that_of_the_last_minute() -> None:
+    traffic = Traffic()
+    assert traffic.live() == {}
+    traffic.add(100, metrics(10))
+    assert traffic.live() == {"m": Live(10)}
+    traffic.add(110, metrics(30, below=10, failed=5))
+    [live] = traffic.live().values()
+    assert (live.requests, live.rate, live.failed, live.queue) == (30, 2.0, 0.25, 0.25)
+    assert (live.median, live.tail) == (pytest.approx(0.01), pytest.approx(0.019))
+    for moment in (120, 150, 175, 180):
+        traffic.add(moment, metrics(30, below=10, failed=5))
+    assert traffic.live() == {"m": Live(30, 0.0)}
+    traffic.add(190, metrics(4))
+    assert traffic.live() == {"m": Live(4)}, "a server that was started anew counts from 0"
 
 
 # --- the same call from elsewhere
@@ -253,69 +291,6 @@ def test_a_csv_that_does_not_fit(content: bytes, task: str, words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def environment() -> None:
-    """What the page and its tests need."""
-    if words := browser.missing():
-        pytest.fail(words)
-    done = subprocess.run([ROOT / "scripts" / "setup-console"], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        words = f"scripts/setup-console failed: {done.stderr.strip()[-500:]}"
-        pytest.fail(words) if os.environ.get("CI") == "true" else pytest.skip(words)
-
-
-@pytest.fixture(scope="module")
-def axe(environment: None) -> str:
-    """The JavaScript of axe-core."""
-    folder = ENVIRONMENT / "axe"
-    if not list(folder.glob("*.whl")):
-        pip = [ENVIRONMENT / "bin" / "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*pip, "--dest", folder, AXE], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    [wheel] = folder.glob("*.whl")
-    return zipfile.ZipFile(wheel).read("axe_playwright_python/axe.min.js").decode("utf-8")
-
-
-StartConsole = Callable[..., AbstractContextManager[str]]
-
-
-@pytest.fixture(scope="module")
-def start_console(environment: None, tmp_path_factory: pytest.TempPathFactory) -> StartConsole:
-    """Serves the page, within a `with` block, and gives its address."""
-
-    @contextmanager
-    def start(*options: str, **variables: str) -> Iterator[str]:
-        [port] = free_ports(1)
-        log = tmp_path_factory.mktemp("console") / "log"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [ROOT / "scripts" / "console", "--port", str(port), *options],
-                env={**os.environ, **variables},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        url = f"http://127.0.0.1:{port}/"
-
-        def up() -> bool:
-            assert process.poll() is None, log.read_text()
-            try:
-                return requests.get(url, timeout=10).status_code == 200
-            except requests.ConnectionError:
-                return False
-
-        try:
-            until(up, "the console", 120)
-            yield url
-        finally:
-            process.terminate()
-            assert process.wait(30) == 0, log.read_text()
-        assert "Traceback" not in log.read_text()
-        assert TEXT not in log.read_text()  # what is asked is nobody's business
-
-    return start
-
-
-@pytest.fixture(scope="module")
 def backend() -> Iterator[FakeServer]:
     running = FakeServer()
     yield running
@@ -324,16 +299,10 @@ def backend() -> Iterator[FakeServer]:
 
 @pytest.fixture(scope="module")
 def console(start_console: StartConsole, backend: FakeServer) -> Iterator[str]:
-    options = ("--url", backend.url, "--management-url", backend.url, "--token", TOKEN)
+    options = (*at(backend.url), "--token", TOKEN)
     # A proxy of the environment has no say in what is on this machine.
     with start_console(*options, http_proxy="http://127.0.0.1:1") as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def chromium(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browsing(tmp_path_factory.mktemp("chromium")) as window:
-        yield window
 
 
 @pytest.fixture
@@ -342,42 +311,10 @@ def page(chromium: Browser, console: str) -> Browser:
     return opened(chromium, console)
 
 
-def opened(window: Browser, url: str) -> Browser:
-    window.resize(1100, 1400)
-    window.open(url)
-    window.reads("h1", "Marble console")
-    return window
-
-
-def choose(page: Browser, model: str) -> None:
-    """Chooses a model; returns when the form is that of its task."""
-    page.reads("#models", model, DIGEST[:16])
-    page.type("#model input", model + browser.ENTER)
-    page.reads("#chosen", model)
-
-
-def click_tab(page: Browser, name: str) -> None:
-    page.run("[...document.querySelectorAll('[role=tab]')].find(e => e.innerText == arguments[0]).click()", name)
-
-
-def holds(page: Browser, css: str) -> str:
-    """What a field of the page holds."""
-    return str(page.run("return document.querySelector(arguments[0]).value", css))
-
-
-def faults(page: Browser, axe: str) -> list[str]:
-    """What axe-core finds that is serious or critical."""
-    page.run(f"if (!window.axe) {{ {axe} }}")
-    found = page.run_async(
-        "const done = arguments[arguments.length - 1];"
-        "axe.run(document, {resultTypes: ['violations']}).then(result => done(result.violations))"
-    )
-    return [
-        f"{fault['id']} ({fault['impact']}): {node['html'][:200]}: {node['failureSummary']}"
-        for fault in found
-        if fault["impact"] in ("serious", "critical")
-        for node in fault["nodes"]
-    ]
+@pytest.fixture(scope="module")
+def once(chromium: Browser, console: str) -> Browser:
+    """The page, opened once for tests that each use another model's tab."""
+    return opened(chromium, console)
 
 
 SHOWN = {
@@ -396,8 +333,6 @@ SHOWN = {
     "of-another-kind": ('"anything"',),
     "text-generation": ("once upon a time",),
 }
-# What there is of a sound when it was chosen.
-HEARD = "#audio [aria-label*=emove], #audio [aria-label*=lear]"
 SECOND = {
     "question-answering": "Ann came late.",
     "sentence-similarity": "Ann came late.\nBob",
@@ -405,61 +340,119 @@ SECOND = {
 }
 
 
+def heard(n: int) -> str:
+    """What there is of a sound when it was chosen."""
+    return f"#audio-{n} :is([aria-label*=emove], [aria-label*=lear])"
+
+
 def test_every_task_is_shown() -> None:
     assert {*SHOWN, "text-to-image", "text-to-speech"} == set(TASKS) == {*tasks._TASKS, "of-another-kind"}
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task(page: Browser, axe: str, tmp_path: Path, task: str) -> None:
-    choose(page, task)
+def test_a_task(once: Browser, axe: str, tmp_path: Path, task: str) -> None:
+    page = once
+    n = choose(page, task)
     media = tasks.of(task).media
     if media is None:
-        page.type("#first textarea", TEXT)
+        page.type(f"#first-{n} textarea", TEXT)
     elif media == "image":
         (tmp_path / "seven.png").write_bytes(png())
-        page.upload("#image input[type=file]", tmp_path / "seven.png")
-        page.reads("#image", "seven")
+        page.upload(f"#image-{n} input[type=file]", tmp_path / "seven.png")
+        page.reads(f"#image-{n}", "seven")
     else:
         (tmp_path / "bark.wav").write_bytes(wav())
-        page.upload("#audio input[type=file]", tmp_path / "bark.wav")
-        until(lambda: page.elements(HEARD), "the sound")
+        page.upload(f"#audio-{n} input[type=file]", tmp_path / "bark.wav")
+        until(lambda: page.elements(heard(n)), "the sound")
     if task in SECOND:
-        page.type("#second textarea", SECOND[task])
-    page.click("#ask")
-    facts = page.reads("#facts", "Latency", DIGEST, *(["Ended by"] if task == "text-generation" else ["Truncated"]))
+        page.type(f"#second-{n} textarea", SECOND[task])
+    page.click(f"#ask-{n}")
+    facts = page.reads(
+        f"#facts-{n}", "Latency", DIGEST, *(["Ended by"] if task == "text-generation" else ["Truncated"])
+    )
     assert ("overflow" in facts) == (task != "text-generation")
     if task == "text-to-image":
-        until(lambda: page.run("return document.querySelector('#answer img')?.naturalWidth") == 24, "the image")
+        until(lambda: page.run(f"return document.querySelector('#answer-{n} img')?.naturalWidth") == 24, "the image")
     elif task == "text-to-speech":
-        until(lambda: page.run("return document.querySelector('#answer audio')?.duration") == 0.1, "the sound")
+        until(lambda: page.run(f"return document.querySelector('#answer-{n} audio')?.duration") == 0.1, "the sound")
     else:
-        page.reads("#answer", *SHOWN[task])
-    assert not page.elements("#answer img[src=x]")
+        page.reads(f"#answer-{n}", *SHOWN[task])
+    assert not page.elements(f"#answer-{n} img[src=x]")
     for call in ("curl", "python", "grpc"):
-        copied = holds(page, f"#{call} textarea")
+        copied = holds(page, f"#{call}-{n} textarea")
         assert task in copied
         assert "MARBLE_TOKEN" in copied
         assert TOKEN not in copied
     if tasks.of(task).explained:
-        page.click("#explain")
-        page.reads("#explanation", "Method: occlusion")
+        page.click(f"#explain-{n}")
+        page.reads(f"#explanation-{n}", "Method: occlusion")
         if media == "image":
-            assert len(page.elements("#explanation svg rect")) == 4
+            assert len(page.elements(f"#explanation-{n} svg rect")) == 4
         else:
-            page.reads("#explanation", "+0.94", "-0.20")
+            page.reads(f"#explanation-{n}", "+0.94", "-0.20")
     else:
-        assert not page.elements("#explain")
+        assert not page.elements(f"#explain-{n}")
     assert faults(page, axe) == []
 
 
-def test_what_another_model_answered_goes(page: Browser) -> None:
-    choose(page, "fill-mask")
-    page.type("#first textarea", TEXT)
-    page.click("#ask")
-    page.reads("#answer", "warm")
-    choose(page, "summarization")
-    assert page.text("#answer").strip() == page.text("#facts").strip() == holds(page, "#curl textarea") == ""
-    assert holds(page, "#first textarea") == TEXT
+def test_models_that_come_and_go(page: Browser, backend: FakeServer) -> None:
+    """What was written and answered stays, and so does the tab that is shown."""
+    n = choose(page, "fill-mask")
+    page.type(f"#first-{n} textarea", TEXT)
+    page.click(f"#ask-{n}")
+    page.reads(f"#answer-{n}", "warm")
+    backend.models = [name for name in TASKS if name not in ("audio-classification", "fill-mask")] + ["fill-mask_new"]
+    try:
+        page.reads(f"#heading-{n}", "Ask fill-mask", "not served now")
+        new = choose(page, "fill-mask_new")
+        assert new != n
+        assert holds(page, f"#first-{new} textarea") == ""
+        assert choose(page, "fill-mask") == n
+        assert holds(page, f"#first-{n} textarea") == TEXT
+        assert "warm" in page.text(f"#answer-{n}")
+    finally:
+        backend.models = list(TASKS)
+    until(lambda: "not served" not in page.text(f"#heading-{n}"), "that it is back")
+    assert (page.text("[role=tab][aria-selected=true]"), holds(page, f"#first-{n} textarea")) == ("fill-mask", TEXT)
+
+
+def test_more_models_than_tabs(chromium: Browser, console: str, backend: FakeServer) -> None:
+    backend.models = [f"fill-mask_{number:02}" for number in range(26)]
+    try:
+        page = opened(chromium, console)
+        page.reads("#models", "Without a tab, for there are too many: fill-mask_24, fill-mask_25")
+        page.type(NAME, "fill-mask_25" + browser.ENTER)
+        n = choose(page, "fill-mask_25")
+        page.type(f"#first-{n} textarea", TEXT)
+        page.click(f"#ask-{n}")
+        page.reads(f"#answer-{n}", "warm")
+    finally:
+        backend.models = list(TASKS)
+
+
+def fares(page: Browser, model: str) -> list[str]:
+    """The cells of a model's row in the table."""
+    row = (
+        "return [...document.querySelectorAll('#models tr')].find(e => e.innerText.startsWith(arguments[0])).innerText"
+    )
+    return str(page.run(row, model)).split("\t")
+
+
+def test_how_models_fare(page: Browser, backend: FakeServer) -> None:
+    """The counters of the server, and what became of them since the page was opened."""
+    n = choose(page, "translation")
+    page.type(f"#first-{n} textarea", "refuse this")
+    page.click(f"#ask-{n}")
+    page.reads(f"#answer-{n} [role=alert]", "refused")
+    page.type(f"#first-{n} textarea", TEXT)
+    page.click(f"#ask-{n}")
+    page.reads(f"#answer-{n}", "kurz")
+    total = sum(count for (model, _), count in backend.counted.items() if model == "translation")
+    # Some of this minute failed; each took from 10 to 25 ms, after 2 ms in the queue.
+    cells = until(lambda: (c := fares(page, "translation"))[4] == str(total) and "%" in c[6] and c, "the figures")
+    assert float(cells[5]) > 0
+    assert 0 < float(cells[6].removesuffix(" %")) < 100
+    assert (cells[7], cells[8], cells[9]) == ("18 ms", "24 ms", "2 ms")
 
 
 def test_the_dark_page_can_be_read_too(page: Browser, axe: str) -> None:
@@ -467,12 +460,12 @@ def test_the_dark_page_can_be_read_too(page: Browser, axe: str) -> None:
     page.devtools("Emulation.setEmulatedMedia", dark)
     try:
         page.run("location.reload()")
-        choose(page, "text-classification")
-        page.type("#first textarea", TEXT)
-        page.click("#ask")
-        page.reads("#facts", "Latency")
-        page.click("#explain")
-        page.reads("#explanation", "+0.94")
+        n = choose(page, "text-classification")
+        page.type(f"#first-{n} textarea", TEXT)
+        page.click(f"#ask-{n}")
+        page.reads(f"#facts-{n}", "Latency")
+        page.click(f"#explain-{n}")
+        page.reads(f"#explanation-{n}", "+0.94")
         assert page.run("return document.body.classList.contains('dark')")
         assert faults(page, axe) == []
     finally:
@@ -481,38 +474,50 @@ def test_the_dark_page_can_be_read_too(page: Browser, axe: str) -> None:
 
 def test_a_phone(page: Browser, axe: str) -> None:
     page.resize(360, 740)
-    for tab in ("Ask", "Batch"):
+    for tab in ("image-classification", "question-answering", "Batch"):
         click_tab(page, tab)
-        until(lambda: page.elements("#ask" if tab == "Ask" else "#predict"), tab)  # noqa: B023
-        choose(page, "question-answering")
+        page.reads("h2", f"Ask {tab}" if tab != "Batch" else tab)
         assert page.run("return document.documentElement.scrollWidth") <= 360
         assert faults(page, axe) == []
 
 
 def test_the_keyboard_is_enough(page: Browser) -> None:
-    choose(page, "token-classification")
-    page.run("document.querySelector('#first textarea').focus()")
+    """Arrows from tab to tab, which are one stop of the Tab key, then the fields and the button."""
+    n = choose(page, "token-classification")
+    choose(page, "text-to-speech")
+    page.run("document.querySelector('[role=tab][aria-selected=true]').focus()")
+    page.press(browser.LEFT, browser.RIGHT, browser.RIGHT)
+    until(lambda: page.text("[role=tab][aria-selected=true]") == "token-classification", "the next tab")
+    tabbed(page, f"#first-{n}")
     page.press(*"Ada")
-    for _ in range(10):
-        if page.run("return document.activeElement.id") == "ask":
-            break
-        page.press(browser.TAB)
+    tabbed(page, f"#ask-{n}")
     page.press(browser.ENTER)
-    page.reads("#answer", "Ada", "PER 0.97")
+    page.reads(f"#answer-{n}", "Ada", "PER 0.97")
+
+
+def tabbed(page: Browser, css: str) -> None:
+    """Presses Tab until the focus is in there."""
+    for _ in range(6):
+        page.press(browser.TAB)
+        if page.run("return document.activeElement.closest(arguments[0]) != null", css):
+            return
+    pytest.fail(f"{css} is not reached")
 
 
 def test_a_screen_reader_finds_its_way(page: Browser) -> None:
-    choose(page, "question-answering")
+    n = choose(page, "question-answering")
     assert page.run("return document.documentElement.lang") == "en"
     headings = (
         "return [...document.querySelectorAll('h1, h2, h3')].filter(e => e.checkVisibility()).map(e => e.tagName)"
     )
-    assert page.run(headings) == ["H1", "H2", "H2", "H3", "H3"]
+    assert page.run(headings) == ["H1", "H2", "H2", "H3", "H3", "H3"]
     names = {"first": "Question", "second": "Context", "given": "Parameters", "curl": "curl", "python": "Python"}
     for field, name in names.items():
-        assert page.name(f"#{field} textarea").startswith(name)
-    assert (page.name("#model input"), page.name("#ask")) == ("Model", "Ask")
-    for part in ("#status", "#facts"):
+        assert page.name(f"#{field}-{n} textarea").startswith(name)
+    assert page.name(NAME).startswith("Another model")
+    assert page.name(f"#ask-{n}") == "Ask"
+    assert page.run("return [...document.querySelectorAll('[role=tab]')].filter(e => e.tabIndex == 0).length") == 1
+    for part in ("#status", f"#facts-{n}"):
         assert page.run(f"return document.querySelector('{part}').getAttribute('aria-live')") == "polite"
 
 
@@ -533,49 +538,86 @@ def test_nothing_is_fetched_from_elsewhere(page: Browser, console: str) -> None:
 
 
 def test_a_refused_input_and_wrong_parameters(page: Browser, axe: str) -> None:
-    choose(page, "text-classification")
-    page.type("#first textarea", "refuse this")
-    page.click("#ask")
-    page.reads("#answer [role=alert]", "this text is refused (InvalidInput)")
+    n = choose(page, "text-classification")
+    page.type(f"#first-{n} textarea", "refuse this")
+    page.click(f"#ask-{n}")
+    page.reads(f"#answer-{n} [role=alert]", "this text is refused (InvalidInput)")
     assert faults(page, axe) == []
-    page.click("#explain")
-    page.reads("#explanation [role=alert]", "this text is refused")
-    page.type("#given textarea", "top_k=3")
-    page.click("#ask")
-    page.reads("#answer [role=alert]", "the parameters are no JSON", 'write e.g. {"top_k": 3}')
-    page.type("#given textarea", "{}")
-    page.type("#first textarea", TEXT)
-    page.click("#ask")
-    page.reads("#answer", "positive")
+    page.click(f"#explain-{n}")
+    page.reads(f"#explanation-{n} [role=alert]", "this text is refused")
+    page.type(f"#given-{n} textarea", "top_k=3")
+    page.click(f"#ask-{n}")
+    page.reads(f"#answer-{n} [role=alert]", "the parameters are no JSON", 'write e.g. {"top_k": 3}')
+    page.type(f"#given-{n} textarea", "{}")
+    page.type(f"#first-{n} textarea", TEXT)
+    page.click(f"#ask-{n}")
+    page.reads(f"#answer-{n}", "positive")
 
 
 @pytest.mark.parametrize(("media", "name"), [("image", "seven.png"), ("audio", "bark.wav")])
 def test_a_file_is_sent_as_it_is(page: Browser, backend: FakeServer, tmp_path: Path, media: str, name: str) -> None:
-    choose(page, f"{media}-classification")
+    n = choose(page, f"{media}-classification")
     (tmp_path / name).write_bytes(b"neither an image nor a sound, which is the server's to say")
-    page.upload(f"#{media} input[type=file]", tmp_path / name)
-    until(lambda: page.elements(HEARD if media == "audio" else "#image .file-preview"), "the file")
-    page.click("#ask")
-    page.reads("#facts", "Latency")
-    sent = [asked["inputs"] for asked in backend.asked if "inputs" in asked][-1]
-    assert base64.b64decode(sent) == (tmp_path / name).read_bytes()
-    assert name in holds(page, "#curl textarea")
+    page.upload(f"#{media}-{n} input[type=file]", tmp_path / name)
+    until(lambda: page.elements(heard(n) if media == "audio" else f"#image-{n} .file-preview"), "the file")
+    page.click(f"#ask-{n}")
+    page.reads(f"#facts-{n}", "Latency")
+    assert sent(backend) == (tmp_path / name).read_bytes()
+    assert name in holds(page, f"#curl-{n} textarea")
+
+
+def test_the_camera_and_the_microphone(page: Browser, backend: FakeServer, axe: str, tmp_path: Path) -> None:
+    """Of the image that was chosen and the one that was taken, the later one is sent."""
+    n = choose(page, "image-classification")
+    page.click(f"#camera-{n} button:not([aria-label])")
+    page.click(f"#camera-{n} [aria-label='capture photo']")
+    until(lambda: page.elements(f"#camera-{n} [aria-label='Remove Image']"), "a picture")
+    page.click(f"#ask-{n}")
+    page.reads(f"#facts-{n}", "Latency")
+    with Image.open(io.BytesIO(sent(backend))) as taken:
+        assert taken.size == (640, 480)
+        assert len(taken.convert("RGB").getcolors(640 * 480) or []) > 2
+    assert faults(page, axe) == []
+    (tmp_path / "seven.png").write_bytes(png())
+    page.upload(f"#image-{n} input[type=file]", tmp_path / "seven.png")
+    until(lambda: not page.elements(f"#camera-{n} [aria-label='Remove Image']"), "that the picture goes")
+    page.click(f"#ask-{n}")
+    until(lambda: sent(backend) == png(), "the file")
+
+    n = choose(page, "audio-classification")
+    page.click(f"#audio-{n} [aria-label='Record audio']")
+    page.click(f"#audio-{n} .record-button")
+    until(lambda: page.text(f"#audio-{n} time").strip() not in ("", "0:00"), "a second of sound")
+    page.click(f"#audio-{n} .stop-button")
+    until(lambda: page.elements(heard(n)), "the sound")
+    page.click(f"#ask-{n}")
+    page.reads(f"#facts-{n}", "Latency")
+    with wave.open(io.BytesIO(sent(backend))) as recorded:
+        assert recorded.getnframes() / recorded.getframerate() > 0.5
+        assert len(set(recorded.readframes(recorded.getnframes()))) > 2
+    assert [entry["message"] for entry in page.log("browser") if "Content Security Policy" in entry["message"]] == []
+
+
+def sent(backend: FakeServer) -> bytes:
+    """The file that a model was asked about last."""
+    return base64.b64decode([asked["inputs"] for asked in backend.asked if "inputs" in asked][-1])
 
 
 def test_no_file_chosen(page: Browser) -> None:
-    choose(page, "image-classification")
-    page.click("#ask")
-    page.reads("#answer [role=alert]", "choose a file first")
+    n = choose(page, "image-classification")
+    page.click(f"#ask-{n}")
+    page.reads(f"#answer-{n} [role=alert]", "choose a file first")
 
 
 def test_a_bad_token(start_console: StartConsole, backend: FakeServer, chromium: Browser) -> None:
-    with start_console("--url", backend.url, "--management-url", backend.url, "--token", "no-good") as url:
+    with start_console(*at(backend.url), "--token", "no-good") as url:
         page = opened(chromium, url)
         page.reads("#status [role=alert]", "Token Authorization failed", "from --token")
         page.reads("#models", "text-classification", "unknown")
-        page.type("#first textarea", TEXT)
-        page.click("#ask")
-        page.reads("#answer [role=alert]", "Token Authorization failed", "from --token")
+        n = choose(page, "text-classification")
+        page.type(f"#first-{n} textarea", TEXT)
+        page.click(f"#ask-{n}")
+        page.reads(f"#answer-{n} [role=alert]", "Token Authorization failed", "from --token")
         assert "no-good" not in page.text("body")
 
 
@@ -587,37 +629,38 @@ def test_a_list_of_models_that_cannot_be_reached(
     with start_console("--url", backend.url, "--management-url", nowhere, "--token", TOKEN) as url:
         page = opened(chromium, url)
         page.reads("#status [role=alert]", f"no server at {nowhere}", "can be typed")
-        page.type("#model input", "question-answering" + browser.ENTER)
-        page.reads("#chosen", "question-answering")
-        page.type("#first textarea", "who?")
-        page.type("#second textarea", "Ann came late.")
-        page.click("#ask")
-        page.reads("#answer", "Ann", "score 0.90")
-        page.type("#model input", "no such" + browser.ENTER)
-        page.reads("#status", "'no such' is no model name")
+        page.type(NAME, "question-answering" + browser.ENTER)
+        n = choose(page, "question-answering")
+        page.type(f"#first-{n} textarea", "who?")
+        page.type(f"#second-{n} textarea", "Ann came late.")
+        page.click(f"#ask-{n}")
+        page.reads(f"#answer-{n}", "Ann", "score 0.90")
+        page.type(NAME, "no such" + browser.ENTER)
+        page.reads("#refused [role=alert]", "'no such' is no model name")
+        page.reads("#models", "question-answering", "unknown", DIGEST[:16], "No metrics: no server at")
 
 
 def test_a_server_that_goes_away_and_comes_back(page: Browser, backend: FakeServer, axe: str, tmp_path: Path) -> None:
-    choose(page, "text-classification")
-    page.type("#first textarea", TEXT)
+    n = choose(page, "text-classification")
+    page.type(f"#first-{n} textarea", TEXT)
     backend.stop()
     try:
-        page.click("#ask")
-        page.reads("#answer [role=alert]", f"no server at {backend.url}", "needs no reload")
+        page.click(f"#ask-{n}")
+        page.reads(f"#answer-{n} [role=alert]", f"no server at {backend.url}", "needs no reload")
         page.reads("#status [role=alert]", f"no server at {backend.url}")
         click_tab(page, "Batch")
         page.upload("#csv input[type=file]", csv_file(tmp_path, "text\na\n"))
         page.reads("#csv", "texts")
         page.click("#predict")
         page.reads("#outcome", "1 rows, 1 with an error", "no server at")
-        click_tab(page, "Ask")
+        choose(page, "text-classification")
         assert faults(page, axe) == []
     finally:
         backend.start()
     until(lambda: not page.elements("#status [role=alert]"), "the status clears by itself")
-    assert holds(page, "#first textarea") == TEXT
-    page.click("#ask")
-    page.reads("#answer", "positive")
+    assert holds(page, f"#first-{n} textarea") == TEXT
+    page.click(f"#ask-{n}")
+    page.reads(f"#answer-{n}", "positive")
 
 
 def test_a_page_opened_while_the_server_is_away(chromium: Browser, console: str, backend: FakeServer) -> None:
@@ -625,17 +668,18 @@ def test_a_page_opened_while_the_server_is_away(chromium: Browser, console: str,
     try:
         page = opened(chromium, console)
         page.reads("#status [role=alert]", f"no server at {backend.url}", "can be typed")
-        page.click("#ask")
-        page.reads("#answer [role=alert]", "choose a model first")
+        click_tab(page, "Batch")
+        page.click("#predict")
+        page.reads("#outcome [role=alert]", "choose a model first")
     finally:
         backend.start()
-    choose(page, "question-answering")
-    page.type("#second textarea", "Ann came late.")
-    page.click("#ask")
-    page.reads("#answer", "Ann", "score 0.90")
+    n = choose(page, "question-answering")
+    page.type(f"#second-{n} textarea", "Ann came late.")
+    page.click(f"#ask-{n}")
+    page.reads(f"#answer-{n}", "Ann", "score 0.90")
 
 
-def test_a_token_that_is_none(environment: None) -> None:
+def test_a_token_that_is_none(browser_environment: None) -> None:
     done = subprocess.run(
         [ROOT / "scripts" / "console", "--token", "två ord"], capture_output=True, text=True, check=False, timeout=60
     )
@@ -643,7 +687,7 @@ def test_a_token_that_is_none(environment: None) -> None:
     assert done.stderr.startswith("scripts/console: a token holds")
 
 
-def test_a_port_that_is_taken(environment: None, backend: FakeServer) -> None:
+def test_a_port_that_is_taken(browser_environment: None, backend: FakeServer) -> None:
     done = subprocess.run(
         [ROOT / "scripts" / "console", "--port", str(backend.port)],
         capture_output=True,
@@ -665,8 +709,11 @@ def csv_file(folder: Path, content: str) -> Path:
 
 
 def test_batch(page: Browser, axe: str, tmp_path: Path) -> None:
-    choose(page, "text-classification")
+    # The tab begins with the model whose own was shown last; here with another.
+    choose(page, "question-answering")
     click_tab(page, "Batch")
+    page.type("#which input", "text-classification" + browser.ENTER)
+    page.reads("#csv", "csv with text")
     page.click("#predict")
     page.reads("#outcome [role=alert]", "choose a csv first")
     rows = "".join(f"text {number}\n" for number in range(300))
@@ -713,7 +760,8 @@ def test_a_csv_that_does_not_fit_the_model(page: Browser, tmp_path: Path) -> Non
 
 
 def test_a_real_server(served: Served, start_console: StartConsole, chromium: Browser, axe: str) -> None:
-    options = ("--url", served.url, "--management-url", served.management, "--token", served.token)
+    places = ("--url", served.url, "--management-url", served.management, "--metrics-url", served.metrics)
+    options = (*places, "--token", served.token)
     with start_console(*options, MARBLE_MANAGEMENT_TOKEN=served.management_token) as url:
         page = opened(chromium, url)
         with served.rest_client() as client:
@@ -721,19 +769,27 @@ def test_a_real_server(served: Served, start_console: StartConsole, chromium: Br
             answer = client.classify("reviews-torch", TEXT).predictions
         assert info.task == "text-classification"
         page.reads("#models", "reviews-fp32", "reviews-torch", "1 of 1", info.digest[:16])
-        page.type("#model input", "reviews-torch" + browser.ENTER)
-        page.reads("#chosen", "reviews-torch")
-        page.type("#first textarea", TEXT)
-        page.click("#ask")
-        page.reads("#facts", info.digest, "reviews-torch 1.0")
-        page.reads("#answer", *(f"{label.label}\t{label.score:.4f}" for label in answer))
-        page.click("#explain")
-        page.reads("#explanation", answer[0].label, *TEXT.replace(",", "").split())
+        n = choose(page, "reviews-torch")
+        page.type(f"#first-{n} textarea", TEXT)
+        page.click(f"#ask-{n}")
+        page.reads(f"#facts-{n}", info.digest, "reviews-torch 1.0")
+        page.reads(f"#answer-{n}", *(f"{label.label}\t{label.score:.4f}" for label in answer))
+        page.click(f"#explain-{n}")
+        page.reads(f"#explanation-{n}", answer[0].label, *TEXT.replace(",", "").split())
         assert faults(page, axe) == []
         environment = {**OFFLINE, "MARBLE_TOKEN": served.token}
         done = subprocess.run(
-            ["sh", "-c", holds(page, "#curl textarea")], env=environment, capture_output=True, text=True, check=True
+            ["sh", "-c", holds(page, f"#curl-{n} textarea")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert json.loads(done.stdout)[0] == [
             {"label": label.label, "score": pytest.approx(label.score, abs=1e-4)} for label in answer
         ]
+        # Workers hand on their counts once a second; the page looks every five.
+        until(lambda: float(fares(page, "reviews-torch")[5].replace("–", "0")) > 0, "a rate")
+        cells = fares(page, "reviews-torch")
+        assert int(cells[4]) >= 3
+        assert all(cell.endswith(" ms") for cell in cells[7:10])

@@ -23,12 +23,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import browser
 import grpc
 import psutil
 import pytest
 import requests
+from browser import Browser
 from conftest import ROOT, build_here, free_ports, run, serve, stop, succeeded, write_config
+from console_page import NAME, StartConsole, choose, holds, opened
 
+from marble_client import ConnectionFailed, RestClient
 from marble_client.stubs import inference_pb2, open_inference_grpc_pb2
 from server import tokens
 from server.front import Certificate, Settings
@@ -242,6 +246,36 @@ def test_other_spellings_of_a_token(door: Door) -> None:
         answer = door.ask("POST", f"/predictions/{MODEL}", headers={"Authorization": value}, json=BODY)
         assert error_of(answer) == (401, "Unauthorized"), value
     assert door.ask("POST", f"/predictions/{MODEL}", headers={"Authorization": f"bearer {good}"}, json=BODY).ok
+
+
+def test_the_console_through_the_door(door: Door, start_console: StartConsole, chromium: Browser) -> None:
+    """Its certificate is trusted by name, its list of models is not to be had, and one token gives all the rest."""
+    roles = [part for role in ("predict", "explain", "metrics") for part in ("--role", role)]
+    token = succeeded(token_command(door.folder, "add", "page", *roles)).strip()
+    address = f"https://localhost:{door.rest}"
+    trust = {"REQUESTS_CA_BUNDLE": "", "CURL_CA_BUNDLE": str(door.certificate)}
+    with start_console("--url", address, "--token", token, **trust) as url:
+        page = opened(chromium, url)
+        page.reads("#models", "not to be had from here")
+        page.type(NAME, "other" + browser.ENTER)
+        page.reads("#refused [role=alert]", "other")
+        page.type(NAME, MODEL + browser.ENTER)
+        n = choose(page, MODEL)
+        page.type(f"#first-{n} textarea", "good")
+        page.click(f"#ask-{n}")
+        page.reads(f"#answer-{n}", "positive")
+        page.click(f"#explain-{n}")
+        page.reads(f"#explanation-{n}", "Method: occlusion", "good")
+        page.reads("#models", MODEL, "text-classification", " ms", "since the server started")
+        assert page.text("#status").strip() == ""
+        done = run("sh", "-c", holds(page, f"#curl-{n} textarea"), MARBLE_TOKEN=token, **trust)
+        assert json.loads(succeeded(done))[0][0]["label"] == "positive"
+    with RestClient(address, token=token) as client:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("REQUESTS_CA_BUNDLE", "")
+            patch.delenv("CURL_CA_BUNDLE", raising=False)
+            with pytest.raises(ConnectionFailed, match=f"certificate of {address} is not trusted.* CURL_CA_BUNDLE"):
+                client.predict(MODEL, "good")
 
 
 PREDICTIONS = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"

@@ -25,6 +25,7 @@ from marble_client.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
+from marble_client.metrics import ModelMetrics
 from marble_client.rest import RestClient
 from marble_client.tokens import Tokens, find_tokens
 from marble_client.trace import tracing
@@ -51,6 +52,7 @@ __all__ = [
     "Label",
     "MarbleError",
     "ModelInfo",
+    "ModelMetrics",
     "NotFound",
     "RateLimited",
     "RestClient",

@@ -12,6 +12,7 @@ import urllib3
 from marble_client.answer import Answer, Input, Json, Token
 from marble_client.client import TransportClient
 from marble_client.errors import BadResponse, ConnectionFailed, MarbleError
+from marble_client.metrics import ModelMetrics, decode_metrics
 from marble_client.retry import Deadline, with_retries
 from marble_client.tokens import bearer, is_loopback
 from marble_client.trace import traceparent
@@ -22,7 +23,7 @@ MOST_CONNECTIONS = 64  # kept open for threads that share a client; requests' ow
 
 
 class RestClient(TransportClient):
-    """A client over REST. `url` serves predictions, `management_url` what is served and how it fares."""
+    """A client over REST. `url` serves predictions, `management_url` what is served, `metrics_url` what was counted."""
 
     def __init__(
         self,
@@ -31,14 +32,22 @@ class RestClient(TransportClient):
         token: str | None = None,
         management_token: str | None = None,
         timeout: float = 30.0,
+        metrics_url: str = "http://127.0.0.1:8082",
     ) -> None:
         super().__init__(timeout)
         self._inference = _Endpoint(url, token)
         self._management = _Endpoint(management_url, management_token)
+        # TorchServe's own port asks for no token, the front door for one with the role `metrics`.
+        self._metrics = _Endpoint(metrics_url, token)
 
     def close(self) -> None:
         self._inference.close()
         self._management.close()
+        self._metrics.close()
+
+    def metrics(self) -> dict[str, ModelMetrics]:
+        """What the server counts, by model. Only REST has them."""
+        return decode_metrics(self._metrics.exchange("GET", "/metrics", Deadline(self._timeout)))
 
     def stream(
         self,
@@ -167,6 +176,10 @@ class _Endpoint:
             return no_host(self._url)
         if isinstance(reason, urllib3.exceptions.NewConnectionError):
             return no_server(self._url)
+        if "CERTIFICATE_VERIFY_FAILED" in str(reason):
+            return ConnectionFailed(
+                f"the certificate of {self._url} is not trusted: name its file in CURL_CA_BUNDLE", sent=False
+            )
         return hung_up(self._url, reason)
 
 
