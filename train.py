@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,10 +24,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import torch
 import transformers
+from datasets import ClassLabel
 from transformers import HfArgumentParser
 
 from handler.engine import Engine
-from training import base_model, bundle, care, evaluation, report, tasks
+from training import base_model, bundle, care, defaults, evaluation, report, tasks
 from training.errors import UserError
 from training.interrupts import end_if_interrupted, remembered
 from training.options import Options, TrainerOptions
@@ -57,6 +59,7 @@ def main() -> None:
     if found := findings.sentence():
         speak(f"the data repeats itself: {found}; report.html shows which")
     threads = torch.get_num_threads()
+    choices: list[defaults.Choice] = []
 
     model, processor = task.load(base, splits, options)
     settings = task.settings(model, processor, options)
@@ -64,8 +67,12 @@ def main() -> None:
     if splits.train is None:
         speak(f"no --train-file: {base.name} is bundled as it is")
     else:
+        defaults.fill_epochs(arguments, len(splits.train))
         trainer = task.trainer(model, processor, splits, options, arguments, settings)
         extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
+        if options.early_stopping_patience:
+            extent = f"at most {extent}"
+        choices = defaults.choices(options, arguments)
         # Between steps: raised in a destructor, it would be dropped, and the training would go on.
         with remembered(at_once=False):
             speak(
@@ -73,6 +80,14 @@ def main() -> None:
                 f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
                 f"{'bf16' if arguments.bf16 else 'fp32'}, {threads} threads, "
                 + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "options")
+            )
+            speak(
+                "chosen for this run: "
+                + "; ".join(
+                    f"{choice.name} {choice.value} ({choice.why})"
+                    for choice in choices
+                    if choice.name in arguments.reasons
+                )
             )
             started = time.monotonic()
             trained = trainer.train(resume_from_checkpoint=resumed)
@@ -115,6 +130,7 @@ def main() -> None:
                 "rows_per_label": counts,
                 "rows_skipped": splits.skipped,
                 "repetitions": findings.counts(),
+                "choices": [asdict(choice) for choice in choices],
                 "splits": {
                     name: task.score(predictions[name], [row["target"] for row in rows], splits.labels)
                     for name, rows in examples.items()
@@ -160,12 +176,13 @@ def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
         raise UserError(f"unknown arguments: {' '.join(unknown)}; train.py --help lists those there are")
     if options.from_scratch is not None and options.train_file is None and tasks.load(options.task).trains:
         raise UserError("--from-scratch needs a --train-file: there is nothing to bundle in a model that knows nothing")
-    if arguments.learning_rate is None:  # random weights are far from any good ones
-        arguments.learning_rate = 1e-4 if options.from_scratch is None else 1e-3
     if not 0 < options.validation_share < 1:
         raise UserError(f"--validation-share {options.validation_share}: give a share between 0 and 1, e.g. 0.1")
-    if options.early_stopping_patience is not None and not arguments.load_best_model_at_end:
+    if options.early_stopping_patience and not arguments.load_best_model_at_end:
         raise UserError("--early-stopping-patience needs --load-best-model-at-end true, to ship the best epoch")
+    if options.most_tokens < 1:
+        raise UserError(f"--most-tokens {options.most_tokens}: give 1 or more, e.g. 8192")
+    defaults.fill(options, arguments)
     return options, arguments
 
 
@@ -197,9 +214,11 @@ def describe(speak: Any, splits: Splits, counts: dict[str, dict[str, int]]) -> N
     trained = sorted(counts.get("train", {}).items(), key=lambda entry: entry[1])
     if trained and trained[-1][1] >= 3 * max(1, trained[0][1]):
         (rare, least), (frequent, most) = trained[0], trained[-1]
+        single = splits.train is not None and isinstance(splits.train.features.get("label"), ClassLabel)
         speak(
             f"the classes are out of balance: {frequent!r} has {most} in training and {rare!r} {least}; "
             "judge the model by macro-F1 and the per-label table rather than by accuracy"
+            + ("; --class-weights balanced makes rare ones count as much as frequent ones" if single else "")
         )
 
 
@@ -222,6 +241,7 @@ if __name__ == "__main__":
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    defaults.use_physical_cores()
     try:
         main()
     except UserError as error:

@@ -14,6 +14,18 @@ def available(root: Path = Path("/")) -> int:
     return max(1, math.ceil(min(quotas)))
 
 
+def cores(root: Path = Path("/")) -> int:
+    """Cores of these CPUs: two hyperthreads of one core are one. At most `available`."""
+    places = root / "sys/devices/system/cpu"
+    try:
+        siblings = {
+            (places / f"cpu{number}/topology/thread_siblings_list").read_text() for number in os.sched_getaffinity(0)
+        }
+    except OSError:
+        return available(root)
+    return min(len(siblings), available(root))
+
+
 def _quotas(root: Path) -> list[float]:
     """Quotas, in CPUs, of this process's control group and of those that hold it."""
     found = []

@@ -1,10 +1,12 @@
 """Loads what training starts from, with errors that name the option to change."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,12 +76,25 @@ def loading(base: BaseModel, purpose: str) -> Iterator[None]:
         raise UserError(f"{option} {base.name}: cannot be loaded as {purpose}: {reason}") from error
 
 
-def attention() -> dict[str, Any]:
-    """Config changes for training: on a CPU the plain kernel without dropout, whose random numbers cost more than the
-    attention itself."""
-    if torch.cuda.is_available():
-        return {}
-    return {"attn_implementation": "eager", "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0}
+def attention(options: Options) -> dict[str, Any]:
+    """Changes of the config for training: kernel and dropout of attention, where they are not the model's own."""
+    kernel, dropout = options.attention, options.attention_dropout
+    changes = {} if dropout is None else {"attention_probs_dropout_prob": dropout, "attention_dropout": dropout}
+    return changes | ({} if kernel is None else {"attn_implementation": kernel})
+
+
+def has_labels(base: BaseModel, labels: Sequence[str]) -> bool:
+    """Whether a base model has a head for these very labels, which training goes on with."""
+    try:
+        return base.spec is None and base.labels() == list(labels)
+    except UserError:
+        return False
+
+
+def set_bias(head: Any, bias: NDArray[np.float64]) -> None:
+    """Has a fresh head begin with what is known of each label, if it has a bias."""
+    if head.bias is not None:
+        head.bias.data.copy_(torch.from_numpy(bias))
 
 
 def text_settings(

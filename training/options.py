@@ -1,5 +1,6 @@
 """The command line of `train.py`: options of ours, and every argument of the Hugging Face Trainer."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from training import defaults
 from training.errors import UserError
 
 
@@ -75,8 +77,27 @@ class Options:
     overflow: Literal["error", "truncate", "window"] | None = field(
         default=None, metadata={"help": "what the served model does with a longer text unless a request says"}
     )
+    class_weights: Literal["balanced"] | None = field(
+        default=None,
+        metadata={"help": "balanced: all rows of a class weigh together as much as those of any other, however few"},
+    )
+    attention: Literal["eager", "sdpa"] | None = field(
+        default=None,
+        metadata={"help": "kernel of attention in training; if absent eager on a CPU, on a GPU the model's own"},
+    )
+    attention_dropout: float | None = field(
+        default=None, metadata={"help": "if absent none on a CPU, on a GPU the model's own"}
+    )
+    most_tokens: int = field(
+        default=8192,
+        metadata={
+            "help": "tokens, padding included, that go through the model at once; a batch of more is taken in parts, "
+            "which costs less memory and changes no result"
+        },
+    )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "stop after so many evaluations without a better one"}
+        default=None,
+        metadata={"help": "stop after so many evaluations without a better one, 0 for never; if absent after 2"},
     )
     overwrite: bool = field(default=False, metadata={"help": "replace a bundle that is already in --output-dir"})
 
@@ -94,9 +115,14 @@ class TrainerOptions(TrainingArguments):
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "peak learning rate of AdamW; if absent 1e-4, from scratch 1e-3"}
     )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "passes over the training data"})
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "passes over the training data, at most; if absent 3 to 10, the more the fewer rows there are"
+        },
+    )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "examples of one optimiser step"})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "examples of one evaluation step"})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "examples of one evaluation step"})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "steps of linear warm-up; below 1: a share of all steps"}
     )
@@ -115,6 +141,7 @@ class TrainerOptions(TrainingArguments):
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "mixed precision; if absent, on where the processor is fast at it"}
     )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are no numbers in the log"})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "pin batches; of use on a GPU only"})
 
     def __post_init__(self) -> None:
@@ -125,8 +152,11 @@ class TrainerOptions(TrainingArguments):
             raise UserError(f"--learning-rate {self.learning_rate:g}: give a number above 0, e.g. 1e-4")
         if not torch.cuda.is_available():
             self.use_cpu = True
+        self.reasons: dict[str, str] = {}  # of what is chosen for this run, see training/defaults.py
         if self.bf16 is None:
-            self.bf16 = has_fast_bf16()
+            self.bf16, self.reasons["bf16"] = defaults.bf16()
+        if self.max_grad_norm == 0:  # no clipping; but that the gradients are numbers is checked where they are clipped
+            self.max_grad_norm = math.inf
         chosen = self.metric_for_best_model
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has not annotated it
@@ -143,10 +173,3 @@ class TrainerOptions(TrainingArguments):
         if self.metric_for_best_model and wanted not in (*metrics, "loss"):
             raise UserError(f"--metric-for-best-model {wanted}: choose {' or '.join((*metrics, 'loss'))}")
         self.metric_for_best_model, self.greater_is_better = wanted, wanted != "loss"
-
-
-def has_fast_bf16() -> bool:
-    """Whether bf16 is faster than fp32 here: a GPU that has it, or a CPU with AVX512-BF16 or AMX."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,13 +1,122 @@
 """The Hugging Face Trainer as every task uses it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import reduce
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
+from torch import nn
+from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_pt_utils import nested_concat
 
+from training.batches import IGNORED, LengthBuckets, LongestFirst, TokenRows, parts
+from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.progress import Progress
+
+
+class SafeTrainer(Trainer):
+    """Stops before gradients that are no numbers get into the weights; those of a loss that is none are none."""
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        if not math.isfinite(norm):
+            saved = any(Path(str(self.args.output_dir)).glob("checkpoint-*/trainer_state.json"))
+            raise UserError(
+                f"the loss or its gradients are not finite at step {self.state.global_step + 1} of "
+                f"{self.state.max_steps}, so no bundle is written; lower --learning-rate, raise --warmup-steps, or add "
+                "--bf16 false"
+                + (", with --resume-from-checkpoint true to go on from the last good checkpoint" if saved else "")
+            )
+        return norm
+
+
+class TokenTrainer(SafeTrainer):
+    """Takes `TokenRows` in batches of like length, and a batch of too many tokens in parts.
+
+    A step's loss is the mean over its examples, or over its labelled tokens, however they are spread over parts,
+    accumulated batches and processes. Evaluation begins with the longest rows.
+
+    most_tokens: of one forward pass, padding included.
+    """
+
+    def __init__(self, *arguments: Any, most_tokens: int, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._most_tokens = most_tokens
+        # Not all models that take the number of items divide by it. None is told: `training_step` weighs their means.
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthBuckets(rows.lengths, batch, seed, lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
+        return LongestFirst(eval_dataset.lengths)
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
+        count = torch.tensor(sum(map(_items, batch_samples)), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """As Trainer's, the inputs in parts."""
+        model.train()
+        pieces = parts(self._prepare_inputs(inputs), self._most_tokens)
+        total = torch.zeros((), device=self.args.device)
+        for place, piece in enumerate(pieces, start=1):
+            with nullcontext() if place == len(pieces) else self.accelerator.no_sync(model):
+                # Gradients of several processes are averaged, not added.
+                weight = _items(piece) * self.args.world_size / num_items_in_batch
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, piece) * weight
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *arguments: Any, **more: Any) -> Any:
+        """As Trainer's, the inputs in parts."""
+        pieces = parts(self._prepare_inputs(inputs), self._most_tokens)
+        weights = torch.tensor([float(_items(piece)) for piece in pieces], device=self.args.device)
+        found = [super(TokenTrainer, self).prediction_step(model, piece, *arguments, **more) for piece in pieces]
+        losses, logits, labels = zip(*found, strict=True)
+        loss = (torch.stack(losses) * weights).sum() / weights.sum()
+        return loss, *(None if values[0] is None else reduce(nested_concat, values) for values in (logits, labels))
+
+
+def _items(batch: Mapping[str, Any]) -> Any:
+    """What the loss of a batch is the mean over: its labelled tokens, or its rows."""
+    labels = batch.get("labels")
+    if labels is not None and labels.dim() > 1 and not labels.is_floating_point():
+        return labels.ne(IGNORED).sum()
+    return len(batch["input_ids"])
+
+
+def weighted(options: Options, labels: Sequence[int], count: int) -> dict[str, Any]:
+    """What `build` takes for --class-weights: the loss of a classifier with one label a row, the mean weight being 1.
+
+    labels: class index of each row of the training data. count: of classes. Raises UserError for one without a row.
+    """
+    if options.class_weights is None:
+        return {}
+    rows = np.bincount(labels, minlength=count)
+    if not rows.all():
+        raise UserError("--class-weights: a class without a row in training has no weight; leave it out")
+    weights = torch.from_numpy(len(labels) / (count * rows)).float()
+
+    def loss(outputs: Any, targets: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        losses = nn.functional.cross_entropy(outputs["logits"].float(), targets, reduction="none")
+        return (losses * weights.to(targets.device)[targets]).mean()
+
+    return {"compute_loss_func": loss}
 
 
 def build(
@@ -20,13 +129,17 @@ def build(
     validation: Dataset | Any,
     collator: Callable[[list[Any]], dict[str, Any]],
     metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-    kind: type[Trainer] = Trainer,
+    kind: type[Trainer] = SafeTrainer,
     **more: Any,
 ) -> Trainer:
     """A Trainer with our progress output and early stopping; `more` goes to the Trainer as it is."""
+    if options.class_weights and "compute_loss_func" not in more:
+        raise UserError("--class-weights: this task does not have one label for each row to weigh")
     callbacks: list[Any] = [Progress()]
-    if options.early_stopping_patience is not None:
+    if options.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
+    if isinstance(train, TokenRows):
+        kind, more = TokenTrainer, {**more, "most_tokens": options.most_tokens}
     trainer = kind(
         model=model,
         args=arguments,

@@ -63,7 +63,7 @@ class FillMask(TrainingTask):
                 "BERT, RoBERTa, DistilBERT or DeBERTa-v2"
             )
         self._tokenizer = tokenizer
-        return models.load(base, AutoModelForMaskedLM, purpose, tokenizer, **models.attention()), tokenizer
+        return models.load(base, AutoModelForMaskedLM, purpose, tokenizer, **models.attention(options)), tokenizer
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """Length, overflow policy, and a token budget that keeps the scores of a batch small."""

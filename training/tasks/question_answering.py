@@ -4,7 +4,6 @@ Columns `question`, `context` and `answers` ({"text": [â€¦], "answer_start": [â€
 answer); in a csv file `answer_text` and `answer_start` instead, empty where there is none.
 """
 
-import math
 import random
 import re
 import string
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupShuffleSplit
 from tokenizers import Encoding
 from transformers import (
     AutoModelForQuestionAnswering,
-    DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +27,7 @@ from transformers import (
 
 from training import data, models, trainer
 from training.base_model import BaseModel
+from training.batches import Padding, TokenRows
 from training.care import Row
 from training.errors import UserError
 from training.options import Options, TrainerOptions
@@ -37,7 +35,6 @@ from training.tasks import Splits, TrainingTask
 
 _USUAL_MAX_LENGTH = 384
 _MOST_STRIDE = 128
-_TOKENS_PER_STEP = 8192  # on a CPU: attention over long rows takes gigabytes in larger batches
 _NO_ANSWER = 0  # position of the first token, which stands for "not in this window"
 _GOLDEN_EXAMPLES = 12
 _GOLDEN_ANSWERS = 5
@@ -83,8 +80,7 @@ class QuestionAnswering(TrainingTask):
         purpose = "a question-answering model"
         texts = [*splits.train["context"], *splits.train["question"]] if splits.train else ()
         tokenizer = models.load_tokenizer(base, purpose, texts)
-        # Rows are long enough for the fused kernel to be faster; transformers takes it where a model has one.
-        changes = {name: value for name, value in models.attention().items() if name != "attn_implementation"}
+        changes = models.attention(options)
         model = models.load(base, AutoModelForQuestionAnswering, purpose, tokenizer, **changes)
         model.config.pad_token_id = tokenizer.pad_token_id
         return model, tokenizer
@@ -104,7 +100,7 @@ class QuestionAnswering(TrainingTask):
         arguments: TrainerOptions,
         settings: Mapping[str, Any],
     ) -> Trainer:
-        """A Trainer over the windows of the contexts, in batches that a CPU has the memory for."""
+        """A Trainer over the windows of the contexts."""
         length, stride = settings["max_length"], settings["stride"]
         for name, rows in splits.named().items():
             _check_questions(rows["question"], options.files().get(name), processor, length, stride)
@@ -117,6 +113,7 @@ class QuestionAnswering(TrainingTask):
                 max_length=length,
                 stride=stride,
                 return_overflowing_tokens=True,
+                return_attention_mask=False,
             )
             samples = encoded.pop("overflow_to_sample_mapping")
             spans = []
@@ -127,14 +124,13 @@ class QuestionAnswering(TrainingTask):
                 **encoded,
                 "start_positions": [start for start, _ in spans],
                 "end_positions": [end for _, end in spans],
-                "length": list(map(len, encoded["input_ids"])),
             }
 
-        def features(rows: Dataset | None) -> Dataset | None:
-            return rows and rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
+        def features(rows: Dataset | None) -> TokenRows | None:
+            if rows is None:
+                return None
+            return TokenRows(rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True))
 
-        if not torch.cuda.is_available():
-            _bound_batches(arguments, length)
         return trainer.build(
             model,
             processor,
@@ -142,7 +138,7 @@ class QuestionAnswering(TrainingTask):
             options,
             train=features(splits.train),
             validation=features(splits.validation),
-            collator=DataCollatorWithPadding(processor, pad_to_multiple_of=8),
+            collator=Padding(processor),
             metrics=_metrics,
         )
 
@@ -291,15 +287,6 @@ def _check_questions(questions: Sequence[str], path: Path | None, processor: Any
             f"{path or 'the validation rows'}: {len(long)} question(s) with more than {most} tokens, which leave too "
             f"little of --max-length {length} for the context: row {', '.join(long[:5])}; shorten them or raise it"
         )
-
-
-def _bound_batches(arguments: TrainerOptions, length: int) -> None:
-    """Makes batches smaller and steps as much more, so that an optimiser step stays what was asked for."""
-    most = max(1, _TOKENS_PER_STEP // length)
-    parts = math.ceil(arguments.per_device_train_batch_size / most)
-    arguments.per_device_train_batch_size = math.ceil(arguments.per_device_train_batch_size / parts)
-    arguments.gradient_accumulation_steps *= parts
-    arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, most)
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -85,7 +85,7 @@ class SequenceToSequence(TrainingTask):
         purpose = "an encoder-decoder model"
         texts = [*splits.train["text"], *splits.train["target"]] if splits.train else ()
         tokenizer = models.load_tokenizer(base, purpose, [*texts, options.source_prefix or ""])
-        return models.load(base, AutoModelForSeq2SeqLM, purpose, tokenizer, **models.attention()), tokenizer
+        return models.load(base, AutoModelForSeq2SeqLM, purpose, tokenizer, **models.attention(options)), tokenizer
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """Length, overflow policy, and what is put before each text."""

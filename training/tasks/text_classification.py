@@ -5,13 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from datasets import Dataset
 from scipy.special import softmax
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,8 +19,8 @@ from transformers import (
 from handler.tasks.text_classification import activate
 from training import calibration, data, evaluation, labelled_texts, models, trainer
 from training.base_model import BaseModel
+from training.batches import Padding, TokenRows
 from training.care import Row
-from training.errors import UserError
 from training.labelled_texts import MULTI, REGRESSION, SINGLE
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
@@ -80,11 +78,13 @@ class TextClassification(TrainingTask):
             id2label=dict(enumerate(splits.labels)),
             label2id={label: index for index, label in enumerate(splits.labels)},
             problem_type=labelled_texts.problem(rows) if rows else labelled_texts.own_problem(base),
-            **models.attention(),
+            **models.attention(options),
         )
         model.config.pad_token_id = tokenizer.pad_token_id
         if rows:
-            _prepare_head(model, rows, fresh=not _has_labels(base, splits.labels))
+            _prepare_head(
+                model, rows, fresh=not models.has_labels(base, splits.labels), balanced=bool(options.class_weights)
+            )
         return model, tokenizer
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
@@ -107,14 +107,17 @@ class TextClassification(TrainingTask):
         mean, deviation = _scale(splits.train, _head(model)) if kind == REGRESSION else (0.0, 1.0)
 
         def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
-            encoded = processor(*(batch[name] for name in columns), truncation=True, max_length=settings["max_length"])
-            lengths = [len(ids) for ids in encoded["input_ids"]]
+            texts = [batch[name] for name in columns]
+            encoded = processor(*texts, truncation=True, max_length=settings["max_length"], return_attention_mask=False)
             if kind == REGRESSION:
                 encoded["label"] = [(value - mean) / deviation for value in batch["label"]]
-            return {**encoded, "length": lengths}
+            return dict(encoded)
 
-        def features(rows: Dataset | None) -> Dataset | None:
-            return rows and rows.map(tokenize, batched=True, remove_columns=columns, keep_in_memory=True)
+        def features(rows: Dataset | None) -> TokenRows | None:
+            if rows is None:
+                return None
+            tokenized = rows.map(tokenize, batched=True, remove_columns=columns, keep_in_memory=True)
+            return TokenRows(tokenized.rename_column("label", "labels"))
 
         return trainer.build(
             model,
@@ -123,8 +126,9 @@ class TextClassification(TrainingTask):
             options,
             train=features(splits.train),
             validation=features(splits.validation),
-            collator=DataCollatorWithPadding(processor, pad_to_multiple_of=8),
+            collator=Padding(processor),
             metrics=_METRICS[kind],
+            **(trainer.weighted(options, splits.train["label"][:], len(splits.labels)) if kind == SINGLE else {}),
         )
 
     def learned(
@@ -211,26 +215,21 @@ _METRICS: dict[str, Callable[[EvalPrediction], dict[str, float]]] = {
 }
 
 
-def _has_labels(base: BaseModel, labels: Sequence[str]) -> bool:
-    """Whether a base model has a head for these very labels, which training goes on with."""
-    try:
-        return base.spec is None and base.labels() == list(labels)
-    except UserError:
-        return False
-
-
-def _prepare_head(model: PreTrainedModel, rows: Dataset, *, fresh: bool) -> None:
-    """Gives the head what is known before training."""
+def _prepare_head(model: PreTrainedModel, rows: Dataset, *, fresh: bool, balanced: bool) -> None:
+    """Gives the head what is known before training. balanced: whether training holds all labels for as frequent."""
     kind, head = labelled_texts.problem(rows), _head(model)
-    if kind == MULTI and fresh and head.bias is not None:
+    if kind == REGRESSION:
+        if not fresh:
+            mean, deviation = _scale(rows, head)
+            _rescale(head, 1 / deviation, -mean / deviation)
+    elif fresh and kind == MULTI:
         # From a head that holds every label for even odds, rare ones are not learnt at all. Half a row is added to both
         # sides, because a label may be on no row or on all.
         marks = np.array(rows["label"][:], dtype=np.float64).sum(axis=0)
-        odds = (marks + 0.5) / (len(rows) - marks + 0.5)
-        head.bias.data.copy_(torch.from_numpy(np.log(odds)))
-    elif kind == REGRESSION and not fresh:
-        mean, deviation = _scale(rows, head)
-        _rescale(head, 1 / deviation, -mean / deviation)
+        models.set_bias(head, np.log((marks + 0.5) / (len(rows) - marks + 0.5)))
+    elif fresh and not balanced:
+        counts = np.bincount(rows["label"][:], minlength=head.out_features)
+        models.set_bias(head, np.log((counts + 0.5) / len(rows)))
 
 
 def _head(model: Any) -> nn.Linear:

@@ -62,7 +62,7 @@ class TextGeneration(TrainingTask):
         tokenizer = models.load_tokenizer(base, purpose, splits.train["text"] if splits.train else ())
         sample = next((text[:_SAMPLE] for rows in splits.named().values() for text in rows["text"]), "a text")
         self._token = len(sample) / len(tokenizer(sample, verbose=False)["input_ids"])
-        return models.load(base, AutoModelForCausalLM, purpose, tokenizer, **models.attention()), tokenizer
+        return models.load(base, AutoModelForCausalLM, purpose, tokenizer, **models.attention(options)), tokenizer
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
         """Length and overflow policy: the served model takes all positions that it has."""

@@ -19,7 +19,6 @@ from seqeval.metrics import classification_report, f1_score, precision_score, re
 from tokenizers import Encoding
 from transformers import (
     AutoModelForTokenClassification,
-    DataCollatorForTokenClassification,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,13 +27,13 @@ from transformers import (
 
 from training import data, models, trainer
 from training.base_model import BaseModel
+from training.batches import IGNORED, Padding, TokenRows
 from training.care import Row
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
 
 _USUAL_MAX_LENGTH = 256
-_IGNORED = -100  # the label that torch's cross-entropy leaves out
 _TAG = re.compile(r"O|[BI]-.+")
 _GOLDEN_EXAMPLES = 12
 _GOLDEN_ODD = ("", "?", "Ünïcödé, 漢字 and 🙂")
@@ -99,9 +98,13 @@ class TokenClassification(TrainingTask):
             num_labels=len(splits.labels),
             id2label=dict(enumerate(splits.labels)),
             label2id={label: index for index, label in enumerate(splits.labels)},
-            **models.attention(),
+            **models.attention(options),
         )
         model.config.pad_token_id = tokenizer.pad_token_id
+        if splits.train and not models.has_labels(base, splits.labels):
+            tags = Counter(tag for tags in splits.train["tags"] for tag in tags)
+            counts = np.array([tags[label] for label in splits.labels])
+            models.set_bias(model.classifier, np.log((counts + 0.5) / counts.sum()))
         return model, tokenizer
 
     def settings(self, model: Any, processor: Any, options: Options) -> dict[str, Any]:
@@ -127,6 +130,7 @@ class TokenClassification(TrainingTask):
                 max_length=settings["max_length"],
                 stride=settings["stride"],
                 return_overflowing_tokens=True,
+                return_attention_mask=False,
             )
             samples = encoded.pop("overflow_to_sample_mapping")
             labels = []
@@ -134,11 +138,13 @@ class TokenClassification(TrainingTask):
                 tags = align(encoded.encodings[row], batch["tokens"][sample], batch["tags"][sample])
                 if row and samples[row - 1] == sample:
                     _forget_first(tags, encoded.encodings[row])
-                labels.append([_IGNORED if tag is None else ids[tag] for tag in tags])
-            return {**encoded, "labels": labels, "length": list(map(len, labels))}
+                labels.append([IGNORED if tag is None else ids[tag] for tag in tags])
+            return {**encoded, "labels": labels}
 
-        def features(rows: Dataset | None) -> Dataset | None:
-            return rows and rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
+        def features(rows: Dataset | None) -> TokenRows | None:
+            if rows is None:
+                return None
+            return TokenRows(rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True))
 
         def metrics(prediction: EvalPrediction) -> dict[str, float]:
             expected, found = _sequences(prediction, splits.labels)
@@ -155,7 +161,7 @@ class TokenClassification(TrainingTask):
             options,
             train=features(splits.train),
             validation=features(splits.validation),
-            collator=DataCollatorForTokenClassification(processor, pad_to_multiple_of=8),
+            collator=Padding(processor, labelled_tokens=True),
             metrics=metrics,
         )
 
@@ -301,7 +307,7 @@ def _sequences(prediction: EvalPrediction, labels: Sequence[str]) -> tuple[list[
     best = np.argmax(prediction.predictions, axis=-1)
     expected, found = [], []
     for row, target in zip(best, np.asarray(prediction.label_ids), strict=True):
-        kept = target != _IGNORED
+        kept = target != IGNORED
         expected.append([labels[index] for index in target[kept]])
         found.append([labels[index] for index in row[kept]])
     return expected, found

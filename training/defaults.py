@@ -1,0 +1,109 @@
+"""What train.py does where it is not told, each with its reason. docs/training.md has the measurements behind them."""
+
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from handler import cpus
+
+if TYPE_CHECKING:
+    from training.options import Options, TrainerOptions
+
+# Why those defaults are what they are that stand in training/options.py, being the same for all tasks and machines.
+REASONS = {
+    "per_device_train_batch_size": "usual for fine-tuning",
+    "gradient_accumulation_steps": "--most-tokens takes a large batch in parts as it is",
+    "most_tokens": "bounds the memory, whatever the longest text is",
+    "train_sampling_strategy": "batches of like length hold little padding",
+    "per_device_eval_batch_size": "needs no gradients, and --most-tokens bounds its memory, too",
+    "optim": "AdamW's fastest kernel",
+    "weight_decay": "usual; not on biases and norms",
+    "warmup_steps": "the gradients of a fresh head are wild at first",
+    "lr_scheduler_type": "the last steps are the smallest",
+    "max_grad_norm": "one odd batch must not spoil the weights",
+    "class_weights": "only without them are scores probabilities",
+}
+GIVEN = "as asked for"
+# Those that are chosen below, if they are None.
+_CHOSEN = (
+    *("learning_rate", "num_train_epochs", "early_stopping_patience"),
+    *("bf16", "attention", "attention_dropout"),
+)
+# Optimiser steps that a training of few epochs has at least.
+_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 3, 10
+_PATIENCE = 2
+# Tasks whose inputs are so long that attention is faster fused, for models that have such a kernel.
+_LONG_INPUTS = ("question-answering",)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One setting of a run. name: of its option, in Python. why: its reason, `GIVEN` for one that the user chose."""
+
+    name: str
+    value: Any
+    why: str
+
+
+def bf16() -> tuple[bool, str]:
+    """Whether to compute in bf16."""
+    if torch.cuda.is_available():
+        fast = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return fast, f"the GPU {'has' if fast else 'does not have'} it"
+    if torch.cpu._is_amx_tile_supported():
+        return True, "the CPU has AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return True, "the CPU has AVX512-BF16"
+    return False, "without AMX or AVX512-BF16 a CPU is slower at bf16 than at fp32"
+
+
+def fill(options: "Options", arguments: "TrainerOptions") -> None:
+    """Chooses what was not given, but for the epochs; the reasons go to `arguments.reasons`."""
+    reasons = arguments.reasons
+    if arguments.learning_rate is None:
+        scratch = options.from_scratch is not None
+        arguments.learning_rate = 1e-3 if scratch else 1e-4
+        reasons["learning_rate"] = "random weights are far from good ones" if scratch else "usual for small encoders"
+    if options.early_stopping_patience is None:
+        options.early_stopping_patience = _PATIENCE if arguments.load_best_model_at_end else 0
+        reasons["early_stopping_patience"] = "later epochs seldom make up for it"
+    if not torch.cuda.is_available():  # where transformers' own choice is good
+        if options.attention is None and options.task not in _LONG_INPUTS:
+            options.attention = "eager"
+            reasons["attention"] = "on a CPU faster than the fused kernel up to 256 tokens"
+        if options.attention_dropout is None:
+            options.attention_dropout = 0.0
+            reasons["attention_dropout"] = "on a CPU its random numbers cost more than attention itself"
+
+
+def fill_epochs(arguments: "TrainerOptions", rows: int) -> None:
+    """Chooses the number of epochs by the rows of the training data, if it was not given."""
+    if arguments.num_train_epochs is None:
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        wanted = math.ceil(_STEPS / math.ceil(rows / batch))
+        arguments.num_train_epochs = float(min(max(wanted, _FEWEST_EPOCHS), _MOST_EPOCHS))
+        arguments.reasons["num_train_epochs"] = (
+            f"about {_STEPS} steps, at least {_FEWEST_EPOCHS} and at most {_MOST_EPOCHS} epochs"
+        )
+
+
+def use_physical_cores() -> None:
+    """A thread for each core, unless OMP_NUM_THREADS says otherwise: what computes is shared by hyperthreads."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cpus.cores())
+
+
+def choices(options: "Options", arguments: "TrainerOptions") -> list[Choice]:
+    """The settings of a run that have a default of ours, each with its reason."""
+    found = []
+    for group in (options, arguments):
+        for field in fields(group):
+            value = getattr(group, field.name)
+            usual = REASONS.get(field.name) if value == field.default else None
+            if field.name in REASONS or field.name in _CHOSEN:
+                found.append(Choice(field.name, value, arguments.reasons.get(field.name) or usual or GIVEN))
+    threads = GIVEN if "OMP_NUM_THREADS" in os.environ else "one for each core"
+    return [*found, Choice("threads", torch.get_num_threads(), threads)]
