@@ -75,12 +75,14 @@ def main() -> None:
         choices = defaults.choices(options, arguments)
         # Between steps: raised in a destructor, it would be dropped, and the training would go on.
         with remembered(at_once=False):
-            speak(
-                f"{'training' if base.spec else 'fine-tuning'} {base.name} for {extent}: "
-                f"learning rate {arguments.learning_rate:g}, batch {arguments.train_batch_size}, "
-                f"{'bf16' if arguments.bf16 else 'fp32'}, {threads} threads, "
-                + ", ".join(f"{name} {value}" for name, value in settings.items() if name != "options")
-            )
+            how = [
+                f"learning rate {arguments.learning_rate:g}",
+                f"batch {arguments.train_batch_size}",
+                "bf16" if arguments.bf16 else "fp32",
+                f"{threads} threads",
+                *(f"{name} {value}" for name, value in settings.items() if name != "options"),
+            ]
+            speak(f"{'training' if base.spec else 'fine-tuning'} {base.name} for {extent}: {', '.join(how)}")
             speak(
                 "chosen for this run: "
                 + "; ".join(
