@@ -18,7 +18,6 @@ REASONS = {
     "gradient_accumulation_steps": "--most-tokens takes a large batch in parts as it is",
     "most_tokens": "bounds the memory, whatever the longest text is",
     "train_sampling_strategy": "batches of like length hold little padding",
-    "per_device_eval_batch_size": "needs no gradients, and --most-tokens bounds its memory, too",
     "optim": "AdamW's fastest kernel",
     "weight_decay": "usual; not on biases and norms",
     "warmup_steps": "the gradients of a fresh head are wild at first",
