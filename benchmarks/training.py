@@ -206,7 +206,7 @@ def squad_step(way: str, data: Path, work: Path, count: int) -> float:
 
 def memory(data: Path, work: Path, count: int) -> dict[str, float]:
     """The peak memory of each way in MB, each in a process of its own."""
-    found = {}
+    found: dict[str, float] = {}
     for way in (STOCK, STOCK_32, GROUPED, OURS):
         command = [sys.executable, "-m", "benchmarks.training", "--peak", way, "--data", str(data), "--work", str(work)]
         done = subprocess.run([*command, "--rows", str(count)], check=True, cwd=ROOT, capture_output=True, text=True)
