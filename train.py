@@ -70,8 +70,6 @@ def main() -> None:
         defaults.fill_epochs(arguments, len(splits.train))
         trainer = task.trainer(model, processor, splits, options, arguments, settings)
         extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
-        if options.early_stopping_patience:
-            extent = f"at most {extent}"
         choices = defaults.choices(options, arguments)
         # Between steps: raised in a destructor, it would be dropped, and the training would go on.
         with remembered(at_once=False):
@@ -83,14 +81,8 @@ def main() -> None:
                 *(f"{name} {value}" for name, value in settings.items() if name != "options"),
             ]
             speak(f"{'training' if base.spec else 'fine-tuning'} {base.name} for {extent}: {', '.join(how)}")
-            speak(
-                "chosen for this run: "
-                + "; ".join(
-                    f"{choice.name} {choice.value} ({choice.why})"
-                    for choice in choices
-                    if choice.name in arguments.reasons
-                )
-            )
+            told = [str(choice) for choice in choices if choice.name in arguments.reasons]
+            speak(f"  chosen: {', '.join(told)}")
             started = time.monotonic()
             trained = trainer.train(resume_from_checkpoint=resumed)
         end_if_interrupted()

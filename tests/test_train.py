@@ -137,6 +137,7 @@ def test_bad_data(refused: Refused, tmp_path: Path) -> None:
         "text,label\nx,\ny,b\n": "no label",
         "text,label\nx,a\ny,a\n": "all rows have the label 'a'",
         "text,label\nx,a\ny,a\nz,b\n": "only one example of 'b'",
+        "text,label\nx,a\nx,b\nx,a\nx,b\n": "all rows have the same text",
     }
     for content, words in cases.items():
         path.write_text(content)
@@ -168,6 +169,7 @@ def test_bad_data(refused: Refused, tmp_path: Path) -> None:
         (("--resume-from-checkpoint", "true"), ["--resume-from-checkpoint", "no checkpoint in bundle.checkpoints"]),
         (("--resume-from-checkpoint", "nowhere"), ["--resume-from-checkpoint nowhere"]),
         (("--resume-from-checkpoint", "."), ["--resume-from-checkpoint ."]),
+        (("--most-tokens", "0"), ["--most-tokens 0", "1 or more"]),
     ],
 )
 def test_bad_options(refused: Refused, arguments: tuple[str, ...], words: list[str]) -> None:
@@ -474,6 +476,38 @@ def test_early_stopping_and_the_overflow_policy_error(small: Path, tiny_base: Pa
     # Such a model has no answer to an over-long text, so its golden set holds none.
     assert max(len(example["inputs"].split()) for example in rows_of(place / golden.FILE_NAME)) < 16
     assert golden.replay(Engine(place), place / golden.FILE_NAME) <= 1e-5
+
+
+def test_five_rows_with_weights_for_their_classes(tiny_base: Path, tmp_path: Path) -> None:
+    place, data = tmp_path / "bundle", write_csv(tmp_path / "data.csv", ("a", "b"), rows=5)
+    train(data, place, tiny_base, *NO_CHECKPOINTS, "--class-weights", "balanced", "--most-tokens", 20)
+    assert load(place / "metrics.json")["rows"] == {"train": 3, "validation": 2}
+    chosen = {choice["name"]: choice for choice in load(place / "metrics.json")["choices"]}
+    assert chosen["class_weights"] == {"name": "class_weights", "value": "balanced", "why": "as asked for"}
+    assert chosen["weight_decay"]["value"] == 0.01
+    assert chosen["bf16"]["why"] != "as asked for"
+    assert chosen["bf16"]["why"] in (place / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
+    small: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    saving = (
+        "--eval-strategy",
+        "no",
+        "--load-best-model-at-end",
+        "false",
+        "--save-strategy",
+        "steps",
+        "--save-steps",
+        1,
+    )
+    with pytest.raises(UserError, match=r"not finite at step \d of 4.*--resume-from-checkpoint true"):
+        train(small, tmp_path / "bundle", tiny_base, *saving, "--learning-rate", 1e30, "--warmup-steps", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle.checkpoints"]
+    [first, *_] = sorted((tmp_path / "bundle.checkpoints").glob("checkpoint-*"))
+    with safe_open(first / "model.safetensors", "np") as weights:
+        assert all(np.isfinite(weights.get_tensor(name)).all() for name in weights.keys())  # noqa: SIM118
 
 
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -104,8 +104,9 @@ class Walk:
 
 
 def lines(output: str) -> list[str]:
-    """Lines with numbers, names of backends and precisions masked, without those of epochs and progress."""
-    kept = [line for line in transcripts.without_progress(output).splitlines() if not line.startswith("  epoch")]
+    """Lines with numbers, names of backends and precisions masked, without those of choices, epochs and progress."""
+    passing = ("  chosen", "  epoch")
+    kept = [line for line in transcripts.without_progress(output).splitlines() if not line.startswith(passing)]
     values = r"\b[0-9a-f]{64}\b|(at most )?\d[\w.,]*( (epochs|steps)\b)?|torch|openvino|fp32|bf16|int8"
     return [re.sub(values, "#", line) for line in kept]
 

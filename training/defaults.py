@@ -18,7 +18,6 @@ REASONS = {
     "gradient_accumulation_steps": "--most-tokens takes a large batch in parts as it is",
     "most_tokens": "bounds the memory, whatever the longest text is",
     "train_sampling_strategy": "batches of like length hold little padding",
-    "per_device_eval_batch_size": "needs no gradients, and --most-tokens bounds its memory, too",
     "optim": "AdamW's fastest kernel",
     "weight_decay": "usual; not on biases and norms",
     "warmup_steps": "the gradients of a fresh head are wild at first",
@@ -47,6 +46,10 @@ class Choice:
     value: Any
     why: str
 
+    def __str__(self) -> str:
+        value = f"{self.value:g}" if isinstance(self.value, float) else str(self.value).lower()
+        return f"{self.name.replace('_', '-')} {value} ({self.why})"
+
 
 def bf16() -> tuple[bool, str]:
     """Whether to compute in bf16."""
@@ -68,8 +71,15 @@ def fill(options: "Options", arguments: "TrainerOptions") -> None:
         arguments.learning_rate = 1e-3 if scratch else 1e-4
         reasons["learning_rate"] = "random weights are far from good ones" if scratch else "usual for small encoders"
     if options.early_stopping_patience is None:
-        options.early_stopping_patience = _PATIENCE if arguments.load_best_model_at_end else 0
-        reasons["early_stopping_patience"] = "later epochs seldom make up for it"
+        asked = arguments.num_train_epochs is not None or arguments.max_steps > 0
+        why = {
+            "an extent was asked for": asked,
+            "random weights may learn nothing for epochs, and then all": options.from_scratch is not None,
+            "no best epoch is kept": not arguments.load_best_model_at_end,
+        }
+        against = [reason for reason, applies in why.items() if applies]
+        options.early_stopping_patience = 0 if against else _PATIENCE
+        reasons["early_stopping_patience"] = against[0] if against else "later epochs seldom make up for two bad ones"
     if not torch.cuda.is_available():  # where transformers' own choice is good
         if options.attention is None and options.task not in _LONG_INPUTS:
             options.attention = "eager"
@@ -81,12 +91,15 @@ def fill(options: "Options", arguments: "TrainerOptions") -> None:
 
 def fill_epochs(arguments: "TrainerOptions", rows: int) -> None:
     """Chooses the number of epochs by the rows of the training data, if it was not given."""
-    if arguments.num_train_epochs is None:
+    if arguments.max_steps > 0:
+        arguments.num_train_epochs = arguments.num_train_epochs or 1.0
+        arguments.reasons["num_train_epochs"] = "--max-steps decides"
+    elif arguments.num_train_epochs is None:
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         wanted = math.ceil(_STEPS / math.ceil(rows / batch))
         arguments.num_train_epochs = float(min(max(wanted, _FEWEST_EPOCHS), _MOST_EPOCHS))
         arguments.reasons["num_train_epochs"] = (
-            f"about {_STEPS} steps, at least {_FEWEST_EPOCHS} and at most {_MOST_EPOCHS} epochs"
+            f"{_STEPS} steps of {batch} rows, at least {_FEWEST_EPOCHS} and at most {_MOST_EPOCHS} epochs"
         )
 
 

@@ -65,6 +65,8 @@ def read(options: Options, seed: int, base: BaseModel, labels: list[str] | None 
         labels = base.labels()
     encoded = {name: _encoded(rows, labels, kind, files[name]) for name, rows in raw.items()}
     train, validation = encoded.get("train"), encoded.get("validation")
+    if train is not None and len(train) > 1 and all(len(train.unique(name)) == 1 for name in text_columns(train)):
+        raise UserError(f"{files['train']}: all rows have the same text; there is nothing to tell apart")
     if train is not None and validation is None:
         train, validation = _split(train, kind, options.validation_share, seed, files["train"])
     return Splits(

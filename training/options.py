@@ -122,7 +122,7 @@ class TrainerOptions(TrainingArguments):
         },
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "examples of one optimiser step"})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "examples of one evaluation step"})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "examples of one evaluation step"})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "steps of linear warm-up; below 1: a share of all steps"}
     )

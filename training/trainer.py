@@ -64,7 +64,7 @@ class TokenTrainer(SafeTrainer):
         return LongestFirst(eval_dataset.lengths)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
-        count = torch.tensor(sum(map(_items, batch_samples)), device=device)
+        count = torch.as_tensor(sum(map(_items, batch_samples)), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
