@@ -247,7 +247,7 @@ def table(record: Mapping[str, Any]) -> str:
                 "-" if row["throughput"] is None else f"{row['throughput']:.0f}/s",
                 "-" if row["value"] is None else f"{row['metric']} {row['value']:.4f}",
                 "-" if row["golden_drift"] is None else f"{row['golden_drift']:.2g}",
-                row["verdict"],
+                row["verdict"].partition(":")[0],  # what to do about it was said when it was found
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
