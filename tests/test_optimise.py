@@ -79,7 +79,7 @@ def section(bundle: Path) -> tuple[str, str]:
 def test_the_report_has_the_candidates(
     chosen: tuple[Path, Path], tiny_bundle: Path, small: Path, tmp_path: Path, build_main: Build
 ) -> None:
-    """Those of the last build. A report that somebody changed or removed is left alone, and no archive depends on it."""
+    """Those of the last build. A report that was changed or removed is left alone, and no archive depends on it."""
     before = (tiny_bundle / "report.html").read_bytes()
     shown, rest = section(chosen[0])
     for row in candidates(chosen[1])["candidates"]:

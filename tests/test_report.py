@@ -588,9 +588,7 @@ def test_entities_side_by_side(tmp_path: Path) -> None:
     assert list(map(int, figures.groups())) == [matrices[0][:2, 2].sum(), matrices[0][2].sum(), other_types]
 
     page = Page(places[1] / "report.html")
-    assert (
-        "Confusion of entities, validation: rows are true labels, columns predicted ones; O is no entity" in page.text
-    )
+    assert "Confusion of entities, validation: rows are true labels, columns predicted" in page.text
     assert "None: every answer to a validation example is right." in page.text
     engine = Engine(places[1])
     example = rows_of(places[1] / "validation.jsonl")[0]

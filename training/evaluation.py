@@ -94,9 +94,9 @@ def entity_confusion(
 ) -> dict[str, Any]:
     """Which types of entities are taken for which, wherever their places overlap.
 
-    expected, found: of each row, entities with `entity_group`, `start` and `end`. Rows of the result's `confusion_matrix`
-    are true types; "O", the last of its `labels`, is no entity: one was missed, or found where there is none.
-    `other_borders`: pairs of one type whose places are not the same.
+    expected, found: of each row, entities with `entity_group`, `start` and `end`. In the result, rows of the
+    `confusion_matrix` are true types; "O", the last of `labels`, is no entity: one was missed, or found where there is
+    none. `other_borders`: pairs of one type whose places are not the same.
     """
     labels = [*types, "O"]
     places = {label: index for index, label in enumerate(labels)}
