@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from archiver import bom, pack, sign, source
+from archiver import bom, pack, report, sign, source
 from archiver.optimise import Optimiser
 from handler.backends import PRECISIONS
 from handler.digests import sha256
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
         end_if_interrupted()
         with locked(arguments.store):
             publish(built, target, arguments.version, force=arguments.force)
+    report.show(arguments.bundle, choice.record)
     size = target.stat().st_size / 1e6
     print(f"{target}: version {arguments.version}, {choice.backend} {choice.precision}, {size:.1f} MB")
     if arguments.sign:

@@ -67,11 +67,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What ships: the folder of the model, and which candidate it is."""
+    """What ships: the folder of the model, and which candidate it is. record: of all candidates, see `lines`."""
 
     model_dir: Path
     backend: str
     precision: str
+    record: Mapping[str, Any]
 
 
 class Optimiser:
@@ -114,7 +115,7 @@ class Optimiser:
         stage = self._stage(winner)
         self._write_config(winner, record["settings"])
         (stage / FILE_NAME).write_text(_render(record), encoding="utf-8")
-        return Choice(stage, winner.backend, winner.precision)
+        return Choice(stage, winner.backend, winner.precision, record)
 
     def _ship_only(self, candidate: Candidate, *, force: bool) -> Choice:
         engine = self._prepare(candidate)
@@ -128,7 +129,8 @@ class Optimiser:
                 else candidate.failure
             )
         self._write_config(candidate, {})
-        return Choice(self._stage(candidate), candidate.backend, candidate.precision)
+        candidate.shipped = True
+        return Choice(self._stage(candidate), candidate.backend, candidate.precision, {"candidates": [candidate.row()]})
 
     def _compare(self, candidates: Sequence[Candidate]) -> tuple[Candidate, dict[str, Any]]:
         """The winner, and the record of how it was found."""
@@ -235,11 +237,13 @@ class Optimiser:
             )
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """The candidates of a record, one a line."""
-    lines = [("candidate", "size", "one request", "batches of 64", "metric", "golden drift", "verdict")]
+def lines(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The candidates of a record as people read them, under a line of titles."""
+    found: list[tuple[str, ...]] = [
+        ("candidate", "size", "one request", "batches of 64", "metric", "golden drift", "verdict")
+    ]
     for row in record["candidates"]:
-        lines.append(
+        found.append(
             (
                 f"{row['backend']} {row['precision']}",
                 "-" if row["size"] is None else f"{row['size'] / 1e6:.1f} MB",
@@ -250,8 +254,14 @@ def table(record: Mapping[str, Any]) -> str:
                 row["verdict"].partition(":")[0],  # what to do about it was said when it was found
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return found
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The candidates of a record, one a line."""
+    columns = list(zip(*lines(record), strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines(record))
 
 
 def _candidates(bundle: Bundle, backend: str, precision: str) -> Iterator[Candidate]:

@@ -51,7 +51,8 @@ class Connection:
         if isinstance(error, ConnectionFailed | Timeout):
             return f"{error.message}. This page needs no reload: ask again when the server is back."
         if isinstance(error, NotFound):
-            return f"{error.message} (the table above lists what is served)"
+            where = "the table above lists what is served" if self.management_url else "is that a model's name?"
+            return f"{error.message} ({where})"
         if isinstance(error, MarbleError):
             return f"{error.message} ({error.type})"
         return str(error)

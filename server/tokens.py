@@ -120,7 +120,8 @@ def _write(tokens: Sequence[Token], path: Path) -> None:
 
 def write_private(path: Path, text: str) -> None:
     """Replaces a file by one that its owner alone may read; never is half of it there."""
-    new = path.with_name(path.name + ".new")
+    # Of this process alone: scripts/token and the watchdog may write the same file at the same time.
+    new = path.with_name(f"{path.name}.new-{os.getpid()}")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)

@@ -45,7 +45,7 @@ from marble_client.stubs import (
     open_inference_grpc_pb2,
     open_inference_grpc_pb2_grpc,
 )
-from training import base_model, bundle
+from training import base_model, bundle, evaluation, mistakes
 from training.base_model import BaseModel
 from training.errors import UserError
 from training.options import Options
@@ -635,6 +635,31 @@ def test_training_learns_and_says_so(trained: Path) -> None:
     assert sources["train"]["file"] == "train"
     assert len({sources["train"]["sha256"], sources["test"]["sha256"]}) == 2
     assert "image-classification" in (trained / "README.md").read_text()
+
+
+def test_the_report_shows_what_is_hardest_and_whether_scores_are_probabilities(trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())["splits"]["validation"]
+    page = (trained / "report.html").read_text(encoding="utf-8")
+    assert f"{metrics['ece']:.4f}" in page
+    assert "It is not applied: the model serves its scores as they are." in page
+    engine = Engine(trained, threads=1)
+    rows = [json.loads(line) for line in (trained / "validation.jsonl").read_text().splitlines()]
+    rows[0]["target"] = "1" if rows[0]["target"] != "1" else "2"  # one mistake at least
+    predictions = evaluation.predict(engine, rows)
+    assert all(len(prediction) == 10 for prediction in predictions)
+    found = mistakes.hardest(engine, rows, predictions)
+    assert found
+    scores = [next(iter(mistake.scores.values())) for mistake in found]
+    assert scores == sorted(scores, reverse=True)
+    for mistake in found:
+        assert mistake.picture is not None
+        with Image.open(io.BytesIO(base64.b64decode(mistake.picture.png))) as image:
+            assert image.size == (mistake.picture.width, mistake.picture.height) == (28, 28)
+        covered = sum(square.width * square.height for square in mistake.picture.squares)
+        assert covered == pytest.approx(28 * 28)
+    right = sum(row["target"] == prediction[0]["label"] for row, prediction in zip(rows, predictions, strict=True))
+    assert page.count('<svg class="picture"') == min(10, round(40 * (1 - metrics["accuracy"]))) >= len(found) - 1
+    assert len(found) == min(10, 40 - right)
 
 
 def test_a_bundle_is_a_model_that_transformers_loads(trained: Path, grey: Path, hundred: list[Path]) -> None:

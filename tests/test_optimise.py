@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import openvino
 import pytest
-from conftest import Build, Exit
+from conftest import CPUS, Build, Exit
 from conftest import build_here as build
 from test_build import digest, lines, settings, write_lines
 
 from archiver import gate, quantize, timing
+from handler.digests import sha256
 from handler.engine import Engine
 from handler.messages import Request
 from handler.tasks.feature_extraction import FeatureExtraction
@@ -65,6 +67,38 @@ def test_the_fastest_that_passes_is_shipped(chosen: tuple[Path, Path]) -> None:
     assert record["settings"].items() <= made.items()
     assert made["token_budget"] in (256, 512, 1024, 2048, 4096)
     assert made["golden_tolerance"] == gate.GOLDEN_TOLERANCE[winner["precision"]]
+
+
+def section(bundle: Path) -> tuple[str, str]:
+    """What the report says of candidates, and the rest of it."""
+    page = (bundle / "report.html").read_text(encoding="utf-8")
+    [found] = re.findall("<!-- candidates -->.*<!-- end of candidates -->", page, re.DOTALL)
+    return found, page.replace(found, "")
+
+
+def test_the_report_has_the_candidates(
+    chosen: tuple[Path, Path], tiny_bundle: Path, small: Path, tmp_path: Path, build_main: Build
+) -> None:
+    """Those of the last build. A report that was changed or removed is left alone, and no archive depends on it."""
+    before = (tiny_bundle / "report.html").read_bytes()
+    shown, rest = section(chosen[0])
+    for row in candidates(chosen[1])["candidates"]:
+        assert f"{row['backend']} {row['precision']}</th>" in shown
+    assert shown.count("<strong>shipped</strong>") == 1
+    assert f"{CPUS} CPUs, torch " in shown
+    build_main(small, store=tmp_path / "store")
+    assert "torch fp32</th>" in section(small)[0]
+    assert "It was the only one, so nothing was timed" in section(small)[0]
+    assert section(small)[1] == rest
+    assert (tiny_bundle / "report.html").read_bytes() == before
+    for content in ("<p>mine</p>\r\n", None):
+        (small / "report.html").unlink()
+        if content is not None:
+            (small / "report.html").write_bytes(content.encode())
+        build_main(small, store=tmp_path / "other")
+        assert sha256(tmp_path / "other" / "small.mar") == sha256(tmp_path / "store" / "small.mar")
+        assert (small / "report.html").exists() == (content is not None)
+        assert content is None or (small / "report.html").read_bytes() == content.encode()
 
 
 def test_what_was_measured_is_used_again(chosen: tuple[Path, Path], tmp_path: Path, build_main: Build) -> None:

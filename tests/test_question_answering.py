@@ -22,7 +22,7 @@ from handler.errors import InternalError, InvalidInput, InvalidParameter, Reques
 from handler.messages import Request, Result
 from handler.tasks.question_answering import QuestionAnswering as Task
 from handler.tasks.question_answering import best_spans
-from training import base_model, scratch
+from training import base_model, evaluation, mistakes, scratch
 from training.errors import UserError
 from training.options import Options
 from training.tasks.question_answering import QuestionAnswering, answer_span, normalized, overlap
@@ -707,6 +707,22 @@ def test_training_learns_and_says_how_well(toy: Path) -> None:
     assert metrics["splits"]["validation"]["without_answer"]["exact_match"] > 0.9
     assert metrics["settings"]["options"] == {"handle_impossible_answer": True}
     assert any(len(example["target"]) == 0 for example in lines(toy / "validation.jsonl"))
+
+
+def test_the_hardest_questions_are_those_with_the_surest_wrong_answers(toy: Path) -> None:
+    engine = Engine(toy, threads=1)
+    rows = [row for row in lines(toy / "validation.jsonl") if row["target"]][:3]
+    predictions = evaluation.predict(engine, rows)
+    rows[0]["target"], rows[1]["target"] = [], [f"{predictions[1]['answer']} of old"]
+    found = mistakes.hardest(engine, rows, predictions)
+    assert found is not None
+    first, second = found[:2]
+    assert first.title == f"no answer, taken for {predictions[0]['answer']}"
+    assert second.title == f"{predictions[1]['answer']} of old, taken for {predictions[1]['answer']}"
+    question, context = first.texts
+    assert "".join(word.text for word in question) == rows[0]["inputs"]["question"]
+    assert " ".join(word.text for word in context if word.marked and word.score is not None) == predictions[0]["answer"]
+    assert first.most > 0
 
 
 def test_an_answer_at_every_tenth_of_a_long_document(toy_engine: Engine) -> None:

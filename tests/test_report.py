@@ -23,6 +23,7 @@ from handler.messages import Request, Result
 from training import base_model, calibration, care, charts, compare, evaluation, mistakes, report
 from training.care import Row
 from training.errors import UserError
+from training.mistakes import Mistake
 
 SPEC = "bert hidden_size=16 num_hidden_layers=1 num_attention_heads=2 intermediate_size=32 max_position_embeddings=64"
 HOSTILE = "</style><script>alert('&lt;')</script> \"quoted\" <img src=x onerror=y> \x07 نص 🙂"
@@ -200,7 +201,9 @@ def check(page: Page) -> None:
     """What every report must be: alone, escaped, and open to all."""
     assert page.source.lstrip().startswith("<!doctype html>\n<html lang=")
     assert page.tags["script"] == page.tags["img"] == page.tags["link"] == page.tags["iframe"] == 0
-    assert [name for _, attrs in page.attributes for name in attrs if name in ("src", "href", "srcset", "data")] == []
+    assert [name for _, attrs in page.attributes for name in attrs if name in ("src", "srcset", "data")] == []
+    links = [str(attrs["href"]) for _, attrs in page.attributes if "href" in attrs]
+    assert [link for link in links if not link.startswith("data:image/png;base64,")] == []
     assert [name for _, attrs in page.attributes for name in attrs if name.startswith("on")] == []
     [style] = re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL)
     assert not re.search(r"@import|url\(|//", style)
@@ -212,7 +215,7 @@ def check(page: Page) -> None:
     assert all(attrs.get("scope") in ("row", "col") for tag, attrs in page.attributes if tag == "th")
     pictures = [attrs for tag, attrs in page.attributes if tag == "svg"]
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in pictures)
-    assert len(pictures) == page.tags["figcaption"]
+    assert len(pictures) == page.tags["figcaption"] + page.source.count('<svg class="picture"')
     assert any(attrs.get("name") == "viewport" for tag, attrs in page.attributes if tag == "meta")
 
 
@@ -275,9 +278,10 @@ def test_a_hostile_text_is_text(hostile: Path) -> None:
 
 def test_what_the_page_shows(hostile: Path) -> None:
     page, metrics = Page(hostile / "report.html"), load(hostile / "metrics.json")
+    assert "None was tried yet. ./build_mar.sh --bundle bundle" in page.text
     assert [title.split(":")[0] for title, level in zip(page.titles, page.headings, strict=True) if level < 3] == [
         *("bundle", "Data", "Learning curves", "Validation", "Test", "Calibration", "Hardest examples"),
-        *("Golden set", "Environment", "Provenance"),
+        *("Candidates for serving", "Golden set", "Environment", "Provenance"),
     ]
     # Three histograms, two learning curves, two reliability diagrams.
     assert page.tags["svg"] == 7
@@ -301,9 +305,11 @@ def test_the_hardest_examples(hostile: Path) -> None:
     """The labels that are wrong on purpose, by falling score, with what `/explanations` would say."""
     engine, rows = Engine(hostile), rows_of(hostile / "validation.jsonl")
     found = mistakes.hardest(engine, rows, evaluation.predict(engine, rows))
+    assert found is not None
     assert len(found) == 3
-    assert {(mistake.target, mistake.answer) for mistake in found} == {("<b>rain</b>", "sun")}
-    assert [mistake.score for mistake in found] == sorted((mistake.score for mistake in found), reverse=True)
+    assert {mistake.title for mistake in found} == {"<b>rain</b>, taken for sun"}
+    scores = [mistake.scores["sun"] for mistake in found]
+    assert scores == sorted(scores, reverse=True)
     for mistake in found:
         [words] = mistake.texts
         text = "".join(word.text for word in words)
@@ -314,19 +320,26 @@ def test_the_hardest_examples(hostile: Path) -> None:
         assert [(word.text, word.score) for word in words if word.score is not None] == [
             (word["word"], word["score"]) for word in answer["attributions"]
         ]
-        assert mistake.score + mistake.target_score == pytest.approx(1)
+        assert sum(mistake.scores.values()) == pytest.approx(1)
         assert mistake.most == max(abs(word["score"]) for word in answer["attributions"])
-        assert row["target"] == mistake.target
+        assert row["target"] == "<b>rain</b>"
     page = Page(hostile / "report.html")
     assert page.tags["mark"] == 2 + sum(word.score is not None for m in found for word in m.texts[0])
     [first, *_] = [attrs["title"] for tag, attrs in page.attributes if tag == "mark" and "title" in attrs]
     assert first == f"{next(word.score for word in found[0].texts[0] if word.score is not None):+.3f}"
 
 
+def hardest(engine: Engine, examples: list[dict[str, Any]], predictions: list[Any] | None = None) -> list[Mistake]:
+    """The hardest examples, by the engine's own predictions or by others."""
+    found = mistakes.hardest(engine, examples, predictions or evaluation.predict(engine, examples))
+    assert found is not None
+    return found
+
+
 def test_a_text_behind_the_last_word_that_is_seen_is_left_out(hostile: Path) -> None:
     engine, text = Engine(hostile), "warm " * 100
     example = {"inputs": text, "parameters": {"overflow": "truncate"}, "target": "<b>rain</b>"}
-    [mistake] = mistakes.hardest(engine, [example], evaluation.predict(engine, [example]))
+    [mistake] = hardest(engine, [example])
     shown = "".join(word.text for word in mistake.texts[0])
     assert re.fullmatch(r"(warm ){40,62}warm …", shown)
 
@@ -334,7 +347,7 @@ def test_a_text_behind_the_last_word_that_is_seen_is_left_out(hostile: Path) -> 
 def test_the_words_of_a_pair_are_in_its_two_texts(hostile: Path) -> None:
     engine = Engine(hostile)
     example = {"inputs": {"text": "warm day 1", "text_pair": "warm  night"}, "parameters": {}, "target": "<b>rain</b>"}
-    [mistake] = mistakes.hardest(engine, [example], evaluation.predict(engine, [example]))
+    [mistake] = hardest(engine, [example])
     assert [[word.text for word in words] for words in mistake.texts] == [
         ["", "warm", " ", "day", " ", "1"],
         ["", "warm", "  ", "night"],
@@ -371,10 +384,25 @@ def test_thresholds_of_several_labels(train: Train) -> None:
     check(page)
     assert "Thresholds" in page.titles
     assert "Calibration" not in page.titles
-    assert "Hardest examples" not in page.titles
+    assert "Hardest examples" in page.titles
     chosen = load(place / "metrics.json")["settings"]["options"]["thresholds"]
     for label, count in (("warm", 20), ("wet", 14), ("grey", 5)):
         assert f"{label}: {count} rows, threshold {chosen[label]:.2f}" in page.text
+    # A label too many is as wrong as its score is far above its threshold, one too few as it is below.
+    [text] = [text for text, labels in rows if labels == ["warm"]][:1]
+    example = {"inputs": text, "parameters": {}, "target": ["grey"]}
+    prediction = [{"label": "warm", "score": 0.95}, {"label": "grey", "score": 0.01}, {"label": "wet", "score": 0.0}]
+    wrong = hardest(Engine(place), [example], [prediction])
+    assert {mistake.title: mistake.scores for mistake in wrong} == {
+        "warm, which is not there": {"warm": 0.95},
+        "grey, missed": {"grey": 0.01},
+    }
+    off = {
+        "warm, which is not there": (0.95 - chosen["warm"]) / (1 - chosen["warm"]),
+        "grey, missed": 1 - 0.01 / chosen["grey"],
+    }
+    assert [mistake.title for mistake in wrong] == sorted(off, key=lambda title: -off[title])
+    assert all(mistake.most > 0 for mistake in wrong)
     # One point of the curves against scikit-learn's figures.
     engine = Engine(place)
     asked = [{"inputs": text} for text, _ in rows[120:]]
@@ -550,6 +578,53 @@ def test_entities_side_by_side(tmp_path: Path) -> None:
     assert "right in B alone: 10 rows" in text
     assert "true: Ada (person), Rome (place); A: " in text
     assert "; B: Ada (person), Rome (place)" in text
+    matrices = [np.array(score["entity_confusion"]["confusion_matrix"]) for score in scores]
+    assert matrices[1].tolist() == [[10, 0, 0], [0, 10, 0], [0, 0, 0]]
+    figures = re.search(
+        r"entities missed +(\d+) +0\n.*there is none +(\d+) +0\nentities of another type +(\d+) +0\n", text
+    )
+    assert figures is not None
+    other_types = matrices[0][0, 1] + matrices[0][1, 0]
+    assert list(map(int, figures.groups())) == [matrices[0][:2, 2].sum(), matrices[0][2].sum(), other_types]
+
+    page = Page(places[1] / "report.html")
+    assert "Confusion of entities, validation: rows are true labels, columns predicted" in page.text
+    assert "None: every answer to a validation example is right." in page.text
+    engine = Engine(places[1])
+    example = rows_of(places[1] / "validation.jsonl")[0]
+    assert example["inputs"].startswith("Ada saw Rome")
+    ada = {"entity_group": "place", "score": 0.9, "word": "ada", "start": 0, "end": 3}
+    saw = {"entity_group": "person", "score": 0.8, "word": "saw", "start": 4, "end": 7}
+    found = hardest(engine, [example], [[ada, saw]])
+    assert [mistake.title for mistake in found if mistake.scores.get("no entity") is None] == [
+        "person (Ada), taken for place (Ada)",
+        "person, where there is no entity: saw",
+    ]
+    [missed] = [mistake for mistake in found if "no entity" in mistake.scores]
+    assert missed.title == "place, missed: Rome"
+    assert [word.text for word in missed.texts[0] if word.marked] == ["Rome"]
+    assert "".join(word.text for word in missed.texts[0]) == example["inputs"]
+    # What the engine itself finds is explained.
+    [right] = [e for e in evaluation.predict(engine, [example])[0] if e["start"] == 0]
+    [mistake] = hardest(engine, [{**example, "target": example["target"][1:]}], [[right, example["target"][1]]])
+    assert mistake.title == "person, where there is no entity: Ada"
+    assert [(word.text, word.marked) for word in mistake.texts[0] if word.score is not None][:2] == [
+        ("Ada", True),
+        ("saw", False),
+    ]
+
+
+def test_the_confusion_of_entities_by_hand() -> None:
+    def entity(kind: str, start: int, end: int) -> dict[str, Any]:
+        return {"entity_group": kind, "start": start, "end": end}
+
+    expected = [[entity("a", 0, 3), entity("a", 5, 9)], [entity("b", 0, 4), entity("b", 6, 8)], []]
+    found = [[entity("a", 0, 3), entity("a", 6, 9)], [entity("a", 0, 1), entity("b", 1, 4)], [entity("a", 2, 4)]]
+    assert evaluation.entity_confusion(expected, found, ["a", "b"]) == {
+        "labels": ["a", "b", "O"],
+        "confusion_matrix": [[2, 0, 0], [0, 1, 1], [1, 0, 0]],
+        "other_borders": 2,
+    }
 
 
 def test_what_is_not_compared(pair: tuple[Path, Path], hostile: Path, train: Train, tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def compare(one: Path, other: Path) -> str:
         [_line(f"validation, {len(targets)} rows", "A", "B", "B - A"), *_figures(*scores)],
         _recorded(a, b),
         _tests(ours, theirs, micro=a.metrics["task"] == "token-classification"),
+        _confusions(*scores),
         *_by_label(ours, theirs, labels),
         *_flips(a.rows, found, ours.right, theirs.right),
     ]
@@ -210,6 +211,20 @@ def _tests(ours: Outcome, theirs: Outcome, *, micro: bool) -> list[str]:
         f"{'micro' if micro else 'macro'}-F1: B - A = {gain:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} "
         f"(paired bootstrap, {_RESAMPLES} resamplings)",
     ]
+
+
+def _confusions(*scores: Mapping[str, Any]) -> list[str]:
+    """What becomes of entities, side by side, wherever their places overlap; [] for other tasks."""
+    if "entity_confusion" not in scores[0]:
+        return []
+    matrices = [np.array(entry["entity_confusion"]["confusion_matrix"]) for entry in scores]
+    counts = {
+        "entities missed": [matrix[:-1, -1].sum() for matrix in matrices],
+        "entities where there is none": [matrix[-1].sum() for matrix in matrices],
+        "entities of another type": [(matrix[:-1, :-1].sum() - matrix.trace()) for matrix in matrices],
+        "entities with other borders": [entry["entity_confusion"]["other_borders"] for entry in scores],
+    }
+    return [_line("", "A", "B"), *(_line(title, *map(str, count)) for title, count in counts.items())]
 
 
 def _by_label(ours: Outcome, theirs: Outcome, labels: Sequence[str]) -> list[list[str]]:

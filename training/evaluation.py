@@ -20,6 +20,7 @@ from transformers import EvalPrediction
 from handler.engine import Engine
 from handler.errors import Overloaded, RequestError
 from handler.messages import Request
+from training import calibration
 
 if TYPE_CHECKING:
     from training.tasks import TrainingTask
@@ -77,6 +78,49 @@ def classification_metrics(expected: Sequence[str], predicted: Sequence[str], la
             labels, precision_recall_fscore_support(expected, predicted, labels=labels, zero_division=0)
         ),
     }
+
+
+def single_label_metrics(
+    predictions: Sequence[Sequence[Mapping[str, Any]]], targets: Sequence[str], labels: Sequence[str]
+) -> dict[str, Any]:
+    """`classification_metrics` of the most probable labels, and the expected calibration error of all scores."""
+    metrics = classification_metrics(targets, [entries[0]["label"] for entries in predictions], labels)
+    places = {label: index for index, label in enumerate(labels)}
+    true = np.array([places[target] for target in targets])
+    return metrics | {
+        "ece": calibration.expected_error(calibration.reliability(score_table(predictions, labels), true))
+    }
+
+
+def entity_confusion(
+    expected: Sequence[Sequence[Mapping[str, Any]]], found: Sequence[Sequence[Mapping[str, Any]]], types: Sequence[str]
+) -> dict[str, Any]:
+    """Which types of entities are taken for which, wherever their places overlap.
+
+    expected, found: of each row, entities with `entity_group`, `start` and `end`. In the result, rows of the
+    `confusion_matrix` are true types; "O", the last of `labels`, is no entity: one was missed, or found where there is
+    none. `other_borders`: pairs of one type whose places are not the same.
+    """
+    labels = [*types, "O"]
+    places = {label: index for index, label in enumerate(labels)}
+    matrix = np.zeros((len(labels), len(labels)), dtype=int)
+    other_borders = 0
+    for targets, entities in zip(expected, found, strict=True):
+        for target in targets:
+            best = max(entities, key=lambda entity: _shared(target, entity), default=target)
+            there = best is not target and _shared(target, best) > 0
+            matrix[places[target["entity_group"]], places[best["entity_group"]] if there else -1] += 1
+            if there and best["entity_group"] == target["entity_group"]:
+                other_borders += (best["start"], best["end"]) != (target["start"], target["end"])
+        for entity in entities:
+            if not any(_shared(entity, target) for target in targets):
+                matrix[-1, places[entity["entity_group"]]] += 1
+    return {"labels": labels, "confusion_matrix": matrix.tolist(), "other_borders": int(other_borders)}
+
+
+def _shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+    """Characters that two entities have in common."""
+    return int(max(0, min(one["end"], other["end"]) - max(one["start"], other["start"])))
 
 
 def multi_label_metrics(

@@ -1,6 +1,5 @@
 """What people read of a training run: the model card, and `report.html`, one file that opens offline."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,36 +7,25 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
+from numpy.typing import NDArray
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from handler import golden
 from handler.engine import Engine
+from handler.tasks.media_classification import MediaClassification
 from handler.tasks.text_classification import TextClassification
 from training import calibration, care, evaluation, mistakes
 from training.calibration import Bin
 from training.charts import Points, Scale, chart, scale
+from training.templating import render
 
-# Characters that no HTML may hold, not even escaped.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 # Labels of which a confusion matrix is shown whole, pairs that are shown of a larger one, and curves of thresholds.
 _MATRIX, _PAIRS, _CURVES = 20, 15, 6
 _HISTOGRAM_BARS = 24
 _THRESHOLDS = np.linspace(0.02, 0.98, 49)
-
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=lambda name: name is not None and "html" in name,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-
-
 # Names that the Hugging Face hub has for metrics, where they differ from ours.
 _HUB_METRICS = {"macro_f1": "f1"}
 
@@ -74,13 +62,15 @@ def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str,
         "overflow": metrics["settings"].get("overflow"),
     }
     balance = ", ".join(f"{label} {count}" for label, count in metrics["rows_per_label"].get("train", {}).items())
-    card = _TEMPLATES.get_template("README.md.j2").render(
+    card = render(
+        "README.md.j2",
         **{**facts, "labels": ", ".join(metrics["labels"])},
         metadata=_metadata(name, metrics, provenance),
         balance=balance,
         pipeline=metrics["task"] in PIPELINE_REGISTRY.get_supported_tasks(),
     )
-    page = _TEMPLATES.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         **facts,
         rows=metrics["rows"],
         counts={split: counts for split, counts in metrics["rows_per_label"].items() if counts},
@@ -96,14 +86,14 @@ def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str,
         seconds=metrics.get("training_seconds"),
         samples_per_second=metrics.get("training_samples_per_second"),
         matrix=_MATRIX,
-        confused={split: _confused(entry) for split, entry in metrics["splits"].items()},
+        confused={split: _confused(entry.get("entity_confusion", entry)) for split, entry in metrics["splits"].items()},
         **_answers(evidence, metrics["labels"]),
         golden=_golden(stage, evidence),
         provenance=provenance,
         facts=list(_flat({key: value for key, value in provenance.items() if key not in ("versions", "machine")})),
     )
     (stage / "README.md").write_text(card, encoding="utf-8")
-    (stage / "report.html").write_text(_UNPRINTABLE.sub("\ufffd", page), encoding="utf-8")
+    (stage / "report.html").write_text(page, encoding="utf-8")
 
 
 def figures(scores: dict[str, Any]) -> list[str]:
@@ -177,18 +167,22 @@ def _confused(scores: Mapping[str, Any]) -> list[tuple[str, str, int]]:
 
 
 def _answers(evidence: Evidence, labels: Sequence[str]) -> dict[str, Any]:
-    """What a text classifier's answers show: calibration and the hardest mistakes, or curves of thresholds."""
-    if not isinstance(evidence.engine.task, TextClassification):
-        return {}
-    known = evidence.examples.get("validation", [])
-    if known and isinstance(known[0]["target"], list):
-        return {"thresholds": _thresholds(evidence.engine, known, labels)}
-    # A regression has numbers.
-    asked = {split: rows for split, rows in evidence.examples.items() if isinstance(rows[0]["target"], str)}
-    applied = evidence.engine.settings.options.get("temperature")
-    answers: dict[str, Any] = {"calibration": _calibration(asked, evidence.predictions, labels, applied)}
-    if "validation" in asked:
-        answers["mistakes"] = mistakes.hardest(evidence.engine, known, evidence.predictions["validation"])
+    """What the answers show: calibration of one label, curves of thresholds of several, and the hardest mistakes."""
+    engine, known = evidence.engine, evidence.examples.get("validation", [])
+    predictions = evidence.predictions.get("validation", [])
+    answers: dict[str, Any] = {}
+    if isinstance(engine.task, TextClassification) and known and isinstance(known[0]["target"], list):
+        # Those that the metrics are of have only the labels above their thresholds.
+        asked = [{"inputs": row["inputs"], "parameters": {"overflow": "truncate"}} for row in known]
+        predictions = evaluation.predict(engine, asked)
+        answers["thresholds"] = _thresholds(engine, known, evaluation.score_table(predictions, labels), labels)
+    elif isinstance(engine.task, TextClassification | MediaClassification):
+        # A regression has numbers.
+        splits = {split: rows for split, rows in evidence.examples.items() if isinstance(rows[0]["target"], str)}
+        applied = engine.settings.options.get("temperature")
+        answers["calibration"] = _calibration(splits, evidence.predictions, labels, applied)
+    if known:
+        answers["mistakes"] = mistakes.hardest(engine, known, predictions)
     return answers
 
 
@@ -238,10 +232,10 @@ def _reliability(split: str, bins: Sequence[Bin]) -> Markup:
     )
 
 
-def _thresholds(engine: Engine, examples: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[Markup]:
-    """Precision, recall and F1 against the threshold, of the labels with most rows."""
-    asked = [{"inputs": row["inputs"], "parameters": {"overflow": "truncate"}} for row in examples]
-    scores = evaluation.score_table(evaluation.predict(engine, asked), labels)
+def _thresholds(
+    engine: Engine, examples: Sequence[Mapping[str, Any]], scores: NDArray[np.float64], labels: Sequence[str]
+) -> list[Markup]:
+    """Precision, recall and F1 against the threshold, of the labels with most rows. scores: [rows, labels]."""
     targets = np.array([[label in row["target"] for label in labels] for row in examples])
     chosen = engine.settings.options.get("thresholds", {})
     charts = []

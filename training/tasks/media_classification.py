@@ -47,7 +47,7 @@ class MediaClassification(TrainingTask):
 
     def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
         """A file and its label's name."""
-        parameters = {"top_k": 1, "overflow": "truncate"}
+        parameters = {"top_k": len(labels), "overflow": "truncate"}
         return [
             {"inputs": media.as_input(path), "parameters": parameters, "target": labels[label]}
             for path, label in zip(rows["path"], rows["label"], strict=True)
@@ -62,5 +62,5 @@ class MediaClassification(TrainingTask):
         return [{"inputs": value, "parameters": {"top_k": _ALL_LABELS}} for value in (*chosen, *self.odd_inputs())]
 
     def score(self, predictions: Sequence[Any], targets: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
-        """Accuracy, macro-F1 and the confusion matrix of the most probable labels."""
-        return evaluation.classification_metrics(targets, [entries[0]["label"] for entries in predictions], labels)
+        """Accuracy, macro-F1 and the confusion matrix of the most probable labels; calibration of all scores."""
+        return evaluation.single_label_metrics(predictions, targets, labels)

@@ -187,12 +187,7 @@ class TextClassification(TrainingTask):
             return evaluation.multi_label_metrics(targets, found, labels)
         if isinstance(targets[0], float):
             return evaluation.regression_metrics(targets, [entries[0]["score"] for entries in predictions])
-        metrics = evaluation.classification_metrics(targets, [entries[0]["label"] for entries in predictions], labels)
-        places = {label: index for index, label in enumerate(labels)}
-        bins = calibration.reliability(
-            evaluation.score_table(predictions, labels), np.array([places[target] for target in targets])
-        )
-        return metrics | {"ece": calibration.expected_error(bins)}
+        return evaluation.single_label_metrics(predictions, targets, labels)
 
 
 def _multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:

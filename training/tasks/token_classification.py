@@ -25,7 +25,7 @@ from transformers import (
     Trainer,
 )
 
-from training import data, models, trainer
+from training import data, evaluation, models, trainer
 from training.base_model import BaseModel
 from training.batches import IGNORED, Padding, TokenRows
 from training.care import Row
@@ -76,7 +76,7 @@ class TokenClassification(TrainingTask):
     def counts(self, rows: Dataset, labels: Sequence[str]) -> dict[str, int]:
         """Entities of each type."""
         found = Counter(tag[2:] for tags in rows["tags"] for tag in tags if tag.startswith("B-"))
-        return {label[2:]: found[label[2:]] for label in labels if label.startswith("B-")}
+        return {kind: found[kind] for kind in _types(labels)}
 
     def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
         """Tokens joined by a space, and their tags."""
@@ -204,7 +204,13 @@ class TokenClassification(TrainingTask):
             **{name: value for name, value in _figures(total).items() if name != "rows"},
             "macro_f1": float(np.mean([entry["f1"] for entry in by_type.values()])) if by_type else 0.0,
             "per_label": by_type,
+            "entity_confusion": evaluation.entity_confusion(targets, predictions, _types(labels)),
         }
+
+
+def _types(labels: Sequence[str]) -> list[str]:
+    """The types of entities among IOB labels."""
+    return list(dict.fromkeys(label[2:] if label[:2] in ("B-", "I-") else label for label in labels if label != "O"))
 
 
 def _figures(entry: Mapping[str, Any]) -> dict[str, float | int]:
