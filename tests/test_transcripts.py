@@ -24,7 +24,7 @@ from scripts import transcripts
 from scripts.transcripts import Step
 from training.errors import UserError
 
-QUICK = ("--max-steps", 2, *NO_CHECKPOINTS)
+QUICK = ("--max-steps", 2, "--early-stopping-patience", 0, *NO_CHECKPOINTS)
 # A page about servers, which the others share.
 DEPLOY = ROOT / "docs" / "deploy.md"
 WALKED = [page for page in transcripts.PAGES if page != DEPLOY]
@@ -137,9 +137,7 @@ def assert_fresh(step: Step, found: str) -> None:
                 assert_alike(json.loads(one), json.loads(other))
             elif other.startswith("marble:"):
                 assert lines(one) == lines(other)
-    elif not step.command.startswith("scripts/"):
-        # What a model writes, or a program makes of it.
-        assert bool(found) >= bool(shown)
+    # What else a model writes, or a program makes of it, is its own.
 
 
 @pytest.mark.parametrize("page", WALKED, ids=lambda page: page.stem)
