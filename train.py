@@ -1,12 +1,8 @@
 #!/usr/bin/env python
 """Fine-tunes a Hugging Face model offline and writes it as a bundle, ready for ./build_mar.sh.
 
-    python train.py --task text-classification --train-file examples/reviews/train.csv \\
-        --validation-file examples/reviews/validation.csv --output-dir artifacts/reviews
-
 Files are csv, tsv, jsonl or parquet with the columns `text` and `label`; --text-column and --label-column name others.
-Every argument of the Hugging Face Trainer is taken too: --learning-rate, --num-train-epochs, --seed, --bf16,
---lr-scheduler-type, --resume-from-checkpoint … On several processes: torchrun --nproc-per-node 2 train.py …
+Images and sounds are a folder, with a folder for each label in it. docs/tasks.md says what each task reads.
 """
 
 import json
@@ -18,19 +14,18 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import torch
 import transformers
 from datasets import ClassLabel
-from transformers import HfArgumentParser
 
 from handler.engine import Engine
-from training import base_model, bundle, care, defaults, evaluation, report, tasks
+from training import base_model, bundle, care, defaults, evaluation, help, report, tasks
 from training.errors import UserError
-from training.interrupts import end_if_interrupted, remembered
+from training.interrupts import INTERRUPTED, end_if_interrupted, remembered
 from training.options import Options, TrainerOptions
 from training.tasks import Splits
 
@@ -158,16 +153,10 @@ def main() -> None:
 
 def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
     """Options and Trainer arguments from a command line."""
-    # Its annotation asks for dataclass instances; it takes dataclass types.
-    parser = HfArgumentParser(
-        cast(Any, (Options, TrainerOptions)),
-        prog="train.py",
-        usage="train.py --train-file FILE --output-dir FOLDER [options]; train.py --help lists them",
-        description=__doc__,
-    )
+    parser = help.parser(str(__doc__))
     options, arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        raise UserError(f"unknown arguments: {' '.join(unknown)}; train.py --help lists those there are")
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     if options.from_scratch is not None and options.train_file is None and tasks.load(options.task).trains:
         raise UserError("--from-scratch needs a --train-file: there is nothing to bundle in a model that knows nothing")
     if not 0 < options.validation_share < 1:
@@ -241,4 +230,6 @@ if __name__ == "__main__":
     except UserError as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; no bundle was written. Add --resume-from-checkpoint true to go on.")
+        message = "interrupted; no bundle was written. Add --resume-from-checkpoint true to go on."
+        print(f"train.py: {message}", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -1,8 +1,5 @@
 """A file of 100,000 rows, scored by `marble predict --input` while the server and the client are killed.
 
-    benchmarks/bulk            writes benchmarks/bulk-results.json and the table of docs/bulk.md
-    benchmarks/bulk --quick    2,000 rows, the server killed once; prints only
-
 The rows are of examples/reviews: each is one to four of its texts, drawn with a fixed seed, and no two are the same.
 The model is a small one, trained from scratch on the same texts and built in int8: what is measured is the client.
 One run scores all of them undisturbed. In the next, SIGKILL ends every process of TorchServe at a third and at two
@@ -35,6 +32,7 @@ from benchmarks.fault_injection.bench import MODEL, Bench, Target
 from benchmarks.speed import models, servers
 from benchmarks.speed.__main__ import machine
 from benchmarks.speed.peers import OFFLINE, ROOT, Unavailable
+from training.interrupts import INTERRUPTED
 
 RESULTS = ROOT / "benchmarks" / "bulk-results.json"
 DOCUMENT = ROOT / "docs" / "bulk.md"
@@ -45,6 +43,10 @@ KILLS, QUICK_KILLS = ((1 / 3, "server"), (1 / 2, "client"), (2 / 3, "server")), 
 # How much more memory all rows may need than a tenth of them.
 MOST_GROWTH = 1.1
 _SECONDS_BETWEEN_LOOKS = 0.05
+
+_EXAMPLES = """examples:
+  benchmarks/bulk            # writes benchmarks/bulk-results.json and the table of docs/bulk.md
+  benchmarks/bulk --quick    # 2,000 rows, the server killed once; prints only"""
 
 
 @dataclass
@@ -300,7 +302,10 @@ def main(argv: Sequence[str]) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/bulk", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmarks/bulk",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="2,000 rows, one kill; nothing is written")
     parser.add_argument("--work", type=Path, help="folder of the model and the rows (default: a temporary one)")
@@ -313,3 +318,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (Unavailable, subprocess.CalledProcessError) as error:
         sys.exit(f"benchmarks/bulk: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

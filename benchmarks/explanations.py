@@ -1,8 +1,5 @@
 """Whether explanations are true, and how fast the server gives them: SST-2.
 
-    benchmarks/explanations            writes benchmarks/explanations-results.json, docs/explanations.*
-    benchmarks/explanations --quick    a model of a few steps, few texts; prints only
-
 Faithfulness (Petsiuk, Das and Saenko 2018; for texts DeYoung et al. 2020): the words of a text are hidden one after the
 other, those first that are said to speak most for the model's answer, and the answer's probability should fall fast
 (deletion); or they come back into a text that is hidden as a whole, and it should rise fast (insertion). The area under
@@ -30,6 +27,7 @@ from handler.engine import Engine
 from handler.inputs import Feature
 from handler.messages import Request, Result
 from handler.tasks.text_classification import TextClassification, activate
+from training.interrupts import INTERRUPTED
 
 RESULTS = ROOT / "benchmarks" / "explanations-results.json"
 DOCUMENT = ROOT / "docs" / "explanations.md"
@@ -40,6 +38,10 @@ SHARES = np.linspace(0, 1, 11)
 TEXTS, RANDOM_ORDERS, RESAMPLES, SEED = 300, 5, 1000, 11
 ROUNDS, SECONDS = 5, 4
 RANDOM = "random order"
+
+_EXAMPLES = """examples:
+  benchmarks/explanations            # writes benchmarks/explanations-results.json, docs/explanations.*
+  benchmarks/explanations --quick    # a model of a few steps, few texts; prints only"""
 
 # A text's words and their scores, from the most to the least important.
 Order = Callable[[str], Sequence[int]]
@@ -263,14 +265,21 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: Sequence[str]) -> None:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/explanations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmarks/explanations",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="few texts, nothing written")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument("--work", type=Path, help="folder to keep the model in (default: a temporary one)")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
     if not (arguments.data / "sst2").is_dir():
         sys.exit(f"benchmarks/explanations: {arguments.data}/sst2 is missing; name the data sets' folder with --data")
     load.check_wrk()
@@ -303,3 +312,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (Unavailable, load.LoadError, subprocess.CalledProcessError) as error:
         sys.exit(f"benchmarks/explanations: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

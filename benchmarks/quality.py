@@ -1,10 +1,5 @@
 """Quality on real data: what the models that train.py makes are worth on data they have not seen.
 
-    benchmarks/quality                       every experiment; after each, its figures are in quality-results.json and
-                                             in the table of docs/quality.md
-    benchmarks/quality --only sst2 wnut17    these alone; the results of the others are kept
-    benchmarks/quality --quick               a few steps each, prints only: shows that it runs, not what it reaches
-
 Each experiment trains one model through train.py, with the test split scored by the engine that serves it, and puts the
 figure beside that of a trivial baseline. The data sets are those of ../shared/data, or of the folder named by --data.
 """
@@ -40,8 +35,13 @@ from benchmarks.quality_figures import (
     without_neutral,
 )
 from benchmarks.quality_texts import messages, phrases
+from training.interrupts import INTERRUPTED
 
 RESULTS = ROOT / "benchmarks" / "quality-results.json"
+_EXAMPLES = """examples:
+  benchmarks/quality                       # every experiment; after each, its figures are written
+  benchmarks/quality --only sst2 wnut17    # these alone; the results of the others are kept
+  benchmarks/quality --quick               # a few steps each, prints only: shows that it runs"""
 DOCS = ROOT / "docs" / "quality.md"
 QUICK = ("--max-steps", "2", "--eval-strategy", "no", "--save-strategy", "no", "--load-best-model-at-end", "false")
 
@@ -73,13 +73,22 @@ class Experiment:
         return baseline * 0.75 if self.lower_is_better else baseline + (1 - baseline) / 4
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/quality",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps each, nothing written")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(e.name for e in EXPERIMENTS)}")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument("--work", type=Path, help="folder to keep the bundles in (default: a temporary one)")
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
     if not (arguments.data / "sst2").is_dir():
         sys.exit(f"benchmarks/quality: {arguments.data}/sst2 is missing; name the folder of the data sets with --data")
     names = [experiment.name for experiment in EXPERIMENTS]
@@ -405,4 +414,7 @@ EXPERIMENTS = (
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -35,7 +35,7 @@ class Policy:
 
 def main() -> None:
     """Serves the page until it is interrupted."""
-    args = _parser().parse_args()
+    args = parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     connection = Connection.to(args.url, args.management_url, args.metrics_url, args.token)
     try:
@@ -75,19 +75,24 @@ def main() -> None:
         blocks.block_thread()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    console = argparse.ArgumentParser(
         prog="scripts/console",
         description="A web page to ask a server's models from. Whoever can reach it asks with its token.",
+        epilog="examples:\n"
+        "  scripts/console                                        # of the server of this machine\n"
+        "  scripts/console --url https://models.example.org --token TOKEN --port 7861",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = console.add_argument
     add("--url", default="http://127.0.0.1:8080", help="where the server predicts (default: %(default)s)")
     add("--management-url", help="where it lists its models; http://127.0.0.1:8081, for an https --url none")
     add("--metrics-url", help="where it counts; http://127.0.0.1:8082, for an https --url the same address")
     add("--token", help="the inference token; else MARBLE_TOKEN, else the one in key_file.json")
     add("--port", type=int, default=7860, help="where the page is (default: %(default)s)")
     add("--host", default="127.0.0.1", help="the address that it listens on (default: %(default)s)")
-    return parser
+    return console
 
 
 if __name__ == "__main__":

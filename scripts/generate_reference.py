@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
@@ -13,6 +14,8 @@ from handler.explain import ExplanationParameters
 from handler.metrics import METRICS
 from handler.parameters import CommonParameters, described
 from handler.settings import Settings
+from marble_client import cli
+from training.interrupts import INTERRUPTED
 from training.options import Options, TrainerOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +23,7 @@ DOCUMENT = ROOT / "docs" / "reference.md"
 _COMMANDS = (
     "./build_mar.sh",
     "scripts/serve",
+    "scripts/stop",
     "scripts/verify",
     "scripts/upgrade",
     "scripts/rollback",
@@ -37,6 +41,11 @@ def render() -> str:
         "# Reference",
         "Written by `scripts/generate_reference.py` from the code; a test fails where the two differ. "
         "`config.properties` and `front.properties` say of each of their keys what it is for.",
+        "## Exit codes",
+        "The same of every command; standard error says what went wrong, and how to mend it. `marble predict --input` is "
+        "given again to go on ([bulk.md](bulk.md)); `train.py` goes on with `--resume-from-checkpoint true`.",
+        _table(("code", "meaning"), _exit_codes()),
+        "No command prints colours. Bars of progress are for terminals alone.",
         "## train.py",
         "Besides these, every argument of the Hugging Face Trainer.",
         _table(("argument", "default", ""), _arguments()),
@@ -100,6 +109,15 @@ def _parameters() -> Iterator[tuple[str, str, str]]:
         for name, values in described(tasks.load(task).Parameters):
             if name not in common:
                 yield task, f"`{name}`", values
+
+
+def _exit_codes() -> Iterator[tuple[str, str]]:
+    yield f"{cli.OK}", "done"
+    yield f"{cli.REFUSED}", "not done, or for `marble`: the server said no, for one input at least, or is not ready"
+    yield f"{cli.USAGE}", "wrong usage; for `marble` also a file that cannot be read or written"
+    yield f"{cli.UNREACHABLE}", "`marble` alone: the server cannot be reached, or does not answer in time"
+    yield f"{INTERRUPTED}", "interrupted by Ctrl-C: nothing is left half-written, no server is left half-started"
+    yield f"{128 + signal.SIGTERM}", "`scripts/serve` alone: told to end before it was ready"
 
 
 def _errors() -> Iterator[tuple[int, str, str]]:

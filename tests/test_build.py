@@ -430,7 +430,7 @@ def test_ctrl_c_writes_no_archive(small: Path, tmp_path: Path) -> None:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert error.splitlines()[-1] == "build_mar.sh: interrupted; no archive was written"
     assert "Traceback" not in error
     assert written(tmp_path / "store") == []

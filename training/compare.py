@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 from handler.engine import Engine
 from training import evaluation, tasks
 from training.errors import UserError
+from training.interrupts import INTERRUPTED
 
 TASKS = ("text-classification", "token-classification")
 _RESAMPLES, _SEED = 1000, 0
@@ -257,11 +258,21 @@ def _shown(text: str, most: int) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Prints the comparison of two bundles."""
-    parser = argparse.ArgumentParser(prog="python -m training.compare", description=__doc__.split("\n\n")[0])
+    given = parse(argv)
+    print(compare(given.a, given.b))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.compare",
+        description="Says which of two bundles is better, where, and how sure that is.",
+        epilog="example:\n  python -m training.compare artifacts/reviews artifacts/reviews-2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("a", type=Path, metavar="A", help="the folder of a bundle")
     parser.add_argument("b", type=Path, metavar="B", help="the folder of another one, for the same task and data")
-    given = parser.parse_args(argv)
-    print(compare(given.a, given.b))
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
@@ -269,3 +280,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"training.compare: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

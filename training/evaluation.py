@@ -33,16 +33,18 @@ def predict(engine: Engine, examples: Sequence[Mapping[str, Any]]) -> list[Any]:
     """
     predictions: list[Any] = [None] * len(examples)
     waiting = list(range(len(examples)))
-    while waiting:
-        batch, waiting = waiting[:_REQUESTS_PER_BATCH], waiting[_REQUESTS_PER_BATCH:]
-        requests = [Request([examples[index]["inputs"]], examples[index].get("parameters", {})) for index in batch]
-        for index, outcome in zip(batch, engine.predict(requests), strict=True):
-            if isinstance(outcome, Overloaded):
-                waiting.append(index)
-            elif isinstance(outcome, RequestError):
-                raise outcome
-            else:
-                predictions[index] = outcome.predictions[0]
+    with tqdm(total=len(examples), desc="scoring", unit=" rows", delay=2, leave=False, disable=None) as bar:
+        while waiting:
+            batch, waiting = waiting[:_REQUESTS_PER_BATCH], waiting[_REQUESTS_PER_BATCH:]
+            requests = [Request([examples[index]["inputs"]], examples[index].get("parameters", {})) for index in batch]
+            for index, outcome in zip(batch, engine.predict(requests), strict=True):
+                if isinstance(outcome, Overloaded):
+                    waiting.append(index)
+                elif isinstance(outcome, RequestError):
+                    raise outcome
+                else:
+                    predictions[index] = outcome.predictions[0]
+                    bar.update()
     return predictions
 
 

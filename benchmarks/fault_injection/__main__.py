@@ -1,9 +1,5 @@
 """What happens when things go wrong, everything through the front door unless said.
 
-    benchmarks/faults                    all rows; writes benchmarks/faults-results.json
-    benchmarks/faults --only 2 6         these rows; the others of the file stay as they were
-    benchmarks/faults --quick            fewer repetitions, for CI; prints only
-
 docs/faults.md says what each row does and how to read it.
 """
 
@@ -37,10 +33,15 @@ from benchmarks.fault_injection import (
 from benchmarks.fault_injection.bench import Bench, Target
 from benchmarks.fault_injection.site import ROOT, SiteError
 from benchmarks.speed.__main__ import machine
+from training.interrupts import INTERRUPTED
 
 RESULTS = ROOT / "benchmarks" / "faults-results.json"
 DOCUMENT = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- figures: written by benchmarks/faults -->", "<!-- end of figures -->"
+_EXAMPLES = """examples:
+  benchmarks/faults                    # all rows; writes benchmarks/faults-results.json
+  benchmarks/faults --only 2 6         # these rows; the others of the file stay as they were
+  benchmarks/faults --quick            # fewer repetitions, for CI; prints only"""
 # Each gives its figures and what they were taken from.
 ROWS: dict[str, Callable[[Bench], tuple[list[Target], Any]]] = {
     "1": soak.soak,
@@ -124,7 +125,10 @@ def document(found: dict[str, Any], text: str) -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmarks/faults",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions; nothing is written")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="these rows")
@@ -138,3 +142,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (SiteError, subprocess.CalledProcessError) as error:
         sys.exit(f"benchmarks/faults: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -1,10 +1,5 @@
 """Speed against peers and against the limit: everything side by side on one model, in interleaved rounds.
 
-    scripts/bench                            all peers, five rounds; writes benchmarks/speed-results.json, docs/speed*
-    scripts/bench --only mosec litserve      these peers alone, and Marble
-    scripts/bench --quick                    one short round against peers that need no installing; prints only
-    scripts/bench --report                   tables and plots again from benchmarks/speed-results.json
-
 docs/speed.md says what is measured and how to read it.
 """
 
@@ -30,6 +25,7 @@ from benchmarks.speed.limit import Limit
 from benchmarks.speed.peers import PEERS, ROOT, Unavailable
 from benchmarks.speed.servers import Server
 from benchmarks.speed.texts import Texts, chunks, write_bodies
+from training.interrupts import INTERRUPTED
 
 RESULTS = ROOT / "benchmarks" / "speed-results.json"
 DOCUMENT = ROOT / "docs" / "speed.md"
@@ -44,6 +40,11 @@ BATCHES = (1, 8, 32, 64)
 LENGTHS = (8, 32, 128, 512)
 WORKERS = (1, 2)
 BATCHING = ((1, 0), (64, 1), (64, 2), (64, 5))
+_EXAMPLES = """examples:
+  scripts/bench                            # all peers, five rounds; writes benchmarks/speed-results.json, docs/speed*
+  scripts/bench --only mosec litserve      # these peers alone, and Marble
+  scripts/bench --quick                    # one short round against peers that need no installing; prints only
+  scripts/bench --report                   # tables and plots again from benchmarks/speed-results.json"""
 
 
 class BenchError(Exception):
@@ -413,7 +414,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     names = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(
-        prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts/bench",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="one short round; nothing written without --output")
     parser.add_argument("--only", nargs="+", choices=names, metavar="PEER", help=f"of {', '.join(names)}")
@@ -433,3 +437,5 @@ if __name__ == "__main__":
         sys.exit(f"scripts/bench: {error}")
     except subprocess.CalledProcessError as error:
         sys.exit(f"scripts/bench: {Path(error.cmd[0]).name} {Path(error.cmd[1]).name} failed, as said above")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

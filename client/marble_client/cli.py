@@ -37,7 +37,7 @@ CUT = "text was cut to fit the model; --overflow window reads all of it, --overf
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (argparse itself exits with 2 on wrong usage)."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # JSON is UTF-8, and backslashreplace turns a lone surrogate into the escape that JSON has for it.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -372,7 +372,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> argparse.Action:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     server = argparse.ArgumentParser(add_help=False)
     add = server.add_argument_group("server").add_argument
     add("--grpc", action="store_true", help="use gRPC instead of REST")
@@ -384,13 +385,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--management-token", metavar="TOKEN", help="else MARBLE_MANAGEMENT_TOKEN, else as above")
     add("--timeout", type=float, default=30.0, metavar="S", help="seconds, retries included (%(default)g)")
 
-    parser = argparse.ArgumentParser(
+    marble = argparse.ArgumentParser(
         prog="marble",
         description="Call models that Marble deployed on TorchServe.",
         epilog="example:\n  marble predict sentiment 'what a film'",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = marble.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     predict = commands.add_parser(
         "predict",
@@ -479,4 +480,4 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  marble models --grpc",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return parser
+    return marble
