@@ -187,7 +187,7 @@ def checkpoint_to_resume(arguments: TrainerOptions, checkpoints: Path) -> str | 
 
 
 def describe(speak: Any, splits: Splits, counts: dict[str, dict[str, int]]) -> None:
-    """Says how many rows each label has in each split, and whether the classes are out of balance."""
+    """Says how many rows each label has in each split, and whether the labels are out of balance."""
     for name, rows in splits.named().items():
         shown = ", ".join(f"{label} {count}" for label, count in list(counts[name].items())[:12])
         more = f", … ({len(counts[name])} labels)" if len(counts[name]) > 12 else ""
@@ -199,7 +199,7 @@ def describe(speak: Any, splits: Splits, counts: dict[str, dict[str, int]]) -> N
         (rare, least), (frequent, most) = trained[0], trained[-1]
         single = splits.train is not None and isinstance(splits.train.features.get("label"), ClassLabel)
         speak(
-            f"the classes are out of balance: {frequent!r} has {most} in training and {rare!r} {least}; "
+            f"the labels are out of balance: {frequent!r} has {most} in training and {rare!r} {least}; "
             "judge the model by macro-F1 and the per-label table rather than by accuracy"
             + ("; --class-weights balanced makes rare ones count as much as frequent ones" if single else "")
         )

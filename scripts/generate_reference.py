@@ -42,8 +42,8 @@ def render() -> str:
         "Written by `scripts/generate_reference.py` from the code; a test fails where the two differ. "
         "`config.properties` and `front.properties` say of each of their keys what it is for.",
         "## Exit codes",
-        "The same of every command; standard error says what went wrong, and how to mend it. `marble predict --input` is "
-        "given again to go on ([bulk.md](bulk.md)); `train.py` goes on with `--resume-from-checkpoint true`.",
+        "The same of every command; what went wrong, and how to mend it, stands on stderr. `marble predict --input` "
+        "goes on when it is given again ([bulk.md](bulk.md)), `train.py` with `--resume-from-checkpoint true`.",
         _table(("code", "meaning"), _exit_codes()),
         "No command prints colours. Bars of progress are for terminals alone.",
         "## train.py",

@@ -207,7 +207,7 @@ def split_validation(data: Dataset, share: float, seed: int, path: Path) -> tupl
     size = max(round(len(data) * share), len(names))
     if len(data) - size < len(names):
         raise UserError(
-            f"{path}: {len(data)} rows are too few to take a validation split for {len(names)} classes; "
+            f"{path}: {len(data)} rows are too few to take a validation split for {len(names)} labels; "
             "add examples or give a --validation-file"
         )
     split = data.train_test_split(test_size=size, stratify_by_column="label", seed=seed)

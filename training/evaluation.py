@@ -14,6 +14,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
     r2_score,
 )
+from tqdm import tqdm
 from transformers import EvalPrediction
 
 from handler.engine import Engine
