@@ -1,8 +1,5 @@
 """How fast train.py trains, and in how much memory, beside the Hugging Face Trainer as it is and a bare loop.
 
-    benchmarks/training            writes benchmarks/training-results.json and the tables of docs/training.md
-    benchmarks/training --quick    few rows, prints only: shows that it runs
-
 Speed: SST-2, MiniLM. In each round all ways of training see the same rows once, one way after the other in one process;
 a figure is the median over rounds of the ratio within a round. Memory: a subset of SQuAD, a process for each way.
 """
@@ -41,7 +38,11 @@ from benchmarks.speed.__main__ import machine
 from handler import cpus
 from training import base_model, defaults, tasks
 from training.batches import parts
+from training.interrupts import INTERRUPTED
 
+_EXAMPLES = """examples:
+  benchmarks/training            # writes benchmarks/training-results.json and the tables of docs/training.md
+  benchmarks/training --quick    # few rows, prints only: shows that it runs"""
 RESULTS = ROOT / "benchmarks" / "training-results.json"
 DOCS = ROOT / "docs" / "training.md"
 STOCK, STOCK_32, GROUPED, OURS, BARE = "stock-8", "stock-32", "grouped", "ours", "bare"
@@ -254,15 +255,24 @@ def table_in(text: str) -> str:
     return "\n".join(takewhile(lambda line: line.startswith("|"), text[start:].splitlines()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/training",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="one round of few rows, nothing written")
     parser.add_argument("--threads", type=int, default=cpus.cores(), help="that torch computes on (default: the cores)")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
     if not (arguments.data / "sst2").is_dir():
         sys.exit(f"benchmarks/training: {arguments.data}/sst2 is missing; name the folder of the data sets with --data")
     transformers.logging.set_verbosity_error()
@@ -298,4 +308,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import sys
 from collections import Counter
@@ -557,6 +558,20 @@ def test_the_command(pair: tuple[Path, Path]) -> None:
     done = run(sys.executable, "-m", "training.compare", pair[0], pair[0].parent)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"training\.compare: .+: this is no bundle of train\.py: .+\n", done.stderr)
+
+
+def test_a_comparison_that_is_interrupted_says_nothing(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "predict", interrupt)
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, pair)])
+    monkeypatch.delitem(sys.modules, "training.compare")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("training.compare", run_name="__main__")
+    assert (ended.value.code, *capsys.readouterr()) == (130, "", "")
 
 
 def test_entities_side_by_side(tmp_path: Path) -> None:
