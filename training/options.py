@@ -97,7 +97,10 @@ class Options:
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "stop after so many evaluations without a better one, 0 for never; if absent after 2"},
+        metadata={
+            "help": "stop after so many evaluations without a better one, 0 for never; if absent 2, but 0 from scratch "
+            "and where the extent is given"
+        },
     )
     overwrite: bool = field(default=False, metadata={"help": "replace a bundle that is already in --output-dir"})
 

@@ -63,9 +63,14 @@ class TokenTrainer(SafeTrainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
         return LongestFirst(eval_dataset.lengths)
 
-    def _get_num_items_in_batch(self, batch_samples: Sequence[Mapping[str, Any]], device: torch.device) -> torch.Tensor:
-        count = torch.as_tensor(sum(map(_items, batch_samples)), device=device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As Trainer's, with the items of the batches of all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.as_tensor(sum(map(_items, batches)), device=device)
+        return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def _get_num_items_in_batch(self, *_: Any) -> None:
+        """None: evaluation asks for it, too, part by part, of which processes have different numbers."""
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """As Trainer's, the inputs in parts."""

@@ -147,7 +147,7 @@ class SpeechRecognition(TrainingTask):
         }
 
 
-class _CtcTrainer(Trainer):
+class _CtcTrainer(trainer.SafeTrainer):
     """Keeps of an evaluation batch the most probable classes, without those of the padding."""
 
     def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:

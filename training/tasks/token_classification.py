@@ -144,7 +144,9 @@ class TokenClassification(TrainingTask):
         def features(rows: Dataset | None) -> TokenRows | None:
             if rows is None:
                 return None
-            return TokenRows(rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True))
+            windows = rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
+            # A window that is all one long word's, whose label is in another, teaches nothing; its loss is no number.
+            return TokenRows(windows.filter(_has_label, input_columns="labels", keep_in_memory=True))
 
         def metrics(prediction: EvalPrediction) -> dict[str, float]:
             expected, found = _sequences(prediction, splits.labels)
@@ -301,6 +303,11 @@ def _problem(row: Mapping[str, Any]) -> str | None:
 def _unknown(tags: Sequence[str], labels: Sequence[str]) -> str | None:
     """A problem, if the model has no label for a tag."""
     return "a tag that the model is not trained for" if set(tags) - set(labels) else None
+
+
+def _has_label(labels: Sequence[int]) -> bool:
+    """Whether any token has one."""
+    return any(label != IGNORED for label in labels)
 
 
 def _forget_first(tags: list[str | None], encoding: Encoding) -> None:
