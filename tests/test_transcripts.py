@@ -149,6 +149,7 @@ def test_page(page: Path, checkout: Path, shared_store: Path, serving: Serving) 
             assert_fresh(step, walk.printed(step.command))
 
 
+@pytest.mark.timeout(900)
 def test_demo_and_deployment(tmp_path: Path) -> None:
     """The demo of README.md and docs/deploy.md, as they stand there, in a copy of this checkout."""
     transcripts.copy_checkout(tmp_path)
