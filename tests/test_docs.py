@@ -80,7 +80,7 @@ ELSEWHERE = {
     r"marble (predict|explain|ready|models)": "tests/test_client.py",
     r"scripts/console": "tests/test_console.py",
     r"benchmarks/bulk": "tests/test_bulk.py",
-    r"scripts/setup-ray|unzip |\.venv-ray/bin/python examples/bulk": "tests/test_ray.py",
+    r"scripts/setup-ray|unzip |(time )?\.venv-ray/bin/python examples/bulk": "tests/test_ray.py",
     r"benchmarks/explanations": "tests/test_bench.py",
     r"benchmarks/faults": "tests/test_faults.py",
     r"benchmarks/quality": "tests/test_bench.py",

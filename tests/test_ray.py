@@ -39,8 +39,9 @@ def test_ray_gives_what_the_server_gives(served: Served, store: Path, tmp_path: 
     pq.write_table(table, tmp_path / "folder.parquet")
 
     sources = [tmp_path / name for name in ("a.csv", "a.jsonl", "folder")]
-    # A busy machine may need longer than Ray waits for itself.
-    settings = {"PYTHONPATH": str(ROOT / "examples" / "bulk"), "RAY_raylet_start_wait_time_s": "200"}
+    # A busy machine may need longer than Ray waits for its own parts.
+    waits = {"RAY_raylet_start_wait_time_s": "200", "RAY_agent_register_timeout_ms": "200000"}
+    settings = {"PYTHONPATH": str(ROOT / "examples" / "bulk"), **waits}
     succeeded(run(PYTHON, "-c", PROGRAM, tmp_path / "model", *sources, cwd=tmp_path, **settings))
     assert not list(tmp_path.glob("*.part"))
     marble = (Path(sys.executable).with_name("marble"), "predict", NAME, "--url", served.url, "--token", served.token)

@@ -24,8 +24,8 @@ def draw(picture: bytes, rows: Sequence[Sequence[float]], box: Any) -> bytes:
     """
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(picture))).convert("RGBA")
-    except OSError as error:
-        raise ValueError(f"the image cannot be drawn: {error}") from None
+    except OSError:
+        raise ValueError("the image cannot be read here: convert it to PNG or JPEG") from None
     scale = max(1, _SIDE // max(image.size))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     strongest = max(abs(score) for row in rows for score in row) or 1

@@ -106,7 +106,8 @@ def main(argv: list[str]) -> None:
     # What is wrong with all rows is said now, and once.
     columns.reader(*given[1:4])
     parameters.parse(tasks.load(Settings.load(arguments.model).task).Parameters, arguments.parameters)
-    ray.init(ignore_reinit_error=True)  # the cluster that RAY_ADDRESS names, else one of this machine alone
+    # The cluster that RAY_ADDRESS names, else one of this machine alone.
+    ray.init(include_dashboard=False, ignore_reinit_error=True)
     DataContext.get_current().execution_options.preserve_order = True
     scored = read(arguments.input, kinds).map_batches(
         Scorer,
