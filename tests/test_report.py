@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from browser import Browser
 from conftest import NO_CHECKPOINTS, run, succeeded, train_here
+from console_page import faults
 from huggingface_hub import ModelCard
 from markupsafe import Markup
 from sklearn.metrics import f1_score, precision_score, recall_score
@@ -277,12 +279,22 @@ def test_a_hostile_text_is_text(hostile: Path) -> None:
     assert "نص 🙂" in page.text
 
 
+@pytest.mark.parametrize("width", [1100, 360])
+def test_the_page_in_a_browser(hostile: Path, chromium: Browser, axe: str, width: int) -> None:
+    """Offline, on a wide screen and on a phone."""
+    chromium.resize(width, 900)
+    chromium.open((hostile / "report.html").as_uri())
+    assert chromium.text("h1") == "bundle"
+    assert chromium.run("return document.documentElement.scrollWidth") <= width
+    assert faults(chromium, axe) == []
+
+
 def test_what_the_page_shows(hostile: Path) -> None:
     page, metrics = Page(hostile / "report.html"), load(hostile / "metrics.json")
     assert "None was tried yet. ./build_mar.sh --bundle bundle" in page.text
     assert [title.split(":")[0] for title, level in zip(page.titles, page.headings, strict=True) if level < 3] == [
         *("bundle", "Data", "Learning curves", "Validation", "Test", "Calibration", "Hardest examples"),
-        *("Candidates for serving", "Golden set", "Environment", "Provenance"),
+        *("Settings of the training", "Candidates for serving", "Golden set", "Environment", "Provenance"),
     ]
     # Three histograms, two learning curves, two reliability diagrams.
     assert page.tags["svg"] == 7
