@@ -261,6 +261,7 @@ def hostile(train: Train) -> Path:
             *tame,
             *tame[:2],
             ("warm day 0", "<b>rain</b>"),
+            *((f"warm {HOSTILE} {i}", "sun") for i in range(10, 16)),
             (f"warm {HOSTILE}", "sun"),
             (f"cold {HOSTILE}", tame[1][1]),
         ],
@@ -305,7 +306,7 @@ def test_what_the_page_shows(hostile: Path) -> None:
     }
     assert "Leak: 5 of 23 rows of validation are in train too" in page.titles
     assert "Leak: 1 of 10 rows of test are in train too" in page.titles
-    assert "Duplicates: 3 of 125 rows of train repeat an earlier one" in page.titles
+    assert "Duplicates: 3 of 131 rows of train repeat an earlier one" in page.titles
     assert "Conflicts: 1 text(s) have several labels" in page.titles
     for entry in load(hostile / "provenance.json")["data"].values():
         assert entry["sha256"] in page.text
