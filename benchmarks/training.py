@@ -53,7 +53,7 @@ WAYS = {
     OURS: "train.py as it is",
     BARE: "a bare loop over the batches of train.py",
 }
-BATCH, SEED, ROUNDS, ROWS, LONG_ROWS = 32, 42, 4, 256, 64
+BATCH, SEED, ROUNDS, ROWS, LONG_ROWS = 32, 42, 5, 640, 32
 
 
 def now() -> float:
@@ -267,7 +267,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the comparison of speed (default: {ROUNDS})")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"of SST-2 in each round (default: {ROWS})")
     return parser.parse_args(argv)
 
 
@@ -281,12 +282,13 @@ def main() -> None:
     if arguments.peak:
         print(squad_step(arguments.peak, arguments.data, arguments.work, arguments.rows))
         return
-    count, long_count, rounds = (96, 32, 1) if arguments.quick else (ROWS, LONG_ROWS, ROUNDS)
+    count, long_count, rounds = (96, 32, 1) if arguments.quick else (arguments.rows, LONG_ROWS, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="training-") as folder:
         work = Path(folder)
         found: dict[str, Any] = {
             "command": "benchmarks/training",
             "machine": {**machine(), "threads": arguments.threads},
+            "rows": count,
             "clock": "seconds of CPU" if arguments.threads == 1 else "seconds",
             "rounds": [],
             "memory": memory(arguments.data, work, long_count),
