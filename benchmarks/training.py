@@ -210,6 +210,7 @@ def memory(data: Path, work: Path, count: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for way in (STOCK, STOCK_32, GROUPED, OURS):
         command = [sys.executable, "-m", "benchmarks.training", "--peak", way, "--data", str(data), "--work", str(work)]
+        command += ["--threads", str(torch.get_num_threads())]
         done = subprocess.run([*command, "--rows", str(count)], check=True, cwd=ROOT, capture_output=True, text=True)
         found[way] = round(float(done.stdout.split()[-1]))
     return found
