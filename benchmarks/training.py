@@ -287,7 +287,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="training-") as folder:
         work = Path(folder)
         found: dict[str, Any] = {
-            "command": "benchmarks/training",
+            "command": " ".join(["benchmarks/training", *sys.argv[1:]]),
             "machine": {**machine(), "threads": arguments.threads},
             "rows": count,
             "clock": "seconds of CPU" if arguments.threads == 1 else "seconds",
