@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 from training import defaults
 from training.errors import UserError
 
-
 _NO_CLIPPING = 1e30  # an infinity is no JSON
 
 
