@@ -53,7 +53,7 @@ WAYS = {
     OURS: "train.py as it is",
     BARE: "a bare loop over the batches of train.py",
 }
-BATCH, SEED, ROUNDS, ROWS, LONG_ROWS = 32, 42, 4, 256, 64
+BATCH, SEED, ROUNDS, ROWS, LONG_ROWS = 32, 42, 5, 640, 32
 
 
 def now() -> float:
@@ -210,6 +210,7 @@ def memory(data: Path, work: Path, count: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for way in (STOCK, STOCK_32, GROUPED, OURS):
         command = [sys.executable, "-m", "benchmarks.training", "--peak", way, "--data", str(data), "--work", str(work)]
+        command += ["--threads", str(torch.get_num_threads())]
         done = subprocess.run([*command, "--rows", str(count)], check=True, cwd=ROOT, capture_output=True, text=True)
         found[way] = round(float(done.stdout.split()[-1]))
     return found
@@ -267,7 +268,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of the comparison of speed (default: {ROUNDS})")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"of SST-2 in each round (default: {ROWS})")
     return parser.parse_args(argv)
 
 
@@ -281,17 +283,18 @@ def main() -> None:
     if arguments.peak:
         print(squad_step(arguments.peak, arguments.data, arguments.work, arguments.rows))
         return
-    count, long_count, rounds = (96, 32, 1) if arguments.quick else (ROWS, LONG_ROWS, ROUNDS)
+    count, long_count, rounds = (96, 32, 1) if arguments.quick else (arguments.rows, LONG_ROWS, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="training-") as folder:
         work = Path(folder)
         found: dict[str, Any] = {
-            "command": "benchmarks/training",
+            "command": " ".join(["benchmarks/training", *sys.argv[1:]]),
             "machine": {**machine(), "threads": arguments.threads},
+            "rows": count,
             "clock": "seconds of CPU" if arguments.threads == 1 else "seconds",
             "rounds": [],
             "memory": memory(arguments.data, work, long_count),
         }
-        speed_round(arguments.data, work, 0, BATCH)  # the first calls of everything are slow
+        speed_round(arguments.data, work, rounds, count)  # kernels are made for each new shape of a batch
         for number in range(rounds):
             found["rounds"].append(speed_round(arguments.data, work, number, count))
             print(json.dumps(found["rounds"][-1]), flush=True)

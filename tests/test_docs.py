@@ -14,7 +14,7 @@ import requests
 from conftest import OFFLINE, ROOT, Served, free_ports, run, succeeded
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks import quality, training
+from benchmarks import quality
 from handler import tasks
 from handler.engine import Engine
 from handler.messages import Request, Result
@@ -190,10 +190,3 @@ def test_the_figures_of_quality_are_those_of_its_results() -> None:
     assert [(entry["id"], entry["value"]) for entry in results["targets"]] == [
         (entry["name"], entry["value"]) for entry in results["rounds"]
     ]
-
-
-def test_the_figures_of_training_are_those_of_its_results() -> None:
-    results = json.loads(training.RESULTS.read_text(encoding="utf-8"))
-    assert training.table_in(training.DOCS.read_text(encoding="utf-8")) == training.table(results)
-    assert results["targets"] == training.targets(results)
-    assert [target["id"] for target in results["targets"]] == ["9", "10", "11", "12"]

@@ -80,13 +80,14 @@ def fill(options: "Options", arguments: "TrainerOptions") -> None:
         against = [reason for reason, applies in why.items() if applies]
         options.early_stopping_patience = 0 if against else _PATIENCE
         reasons["early_stopping_patience"] = against[0] if against else "later epochs seldom make up for two bad ones"
-    if not torch.cuda.is_available():  # where transformers' own choice is good
-        if options.attention is None and options.task not in _LONG_INPUTS:
-            options.attention = "eager"
-            reasons["attention"] = "on a CPU faster than the fused kernel up to 256 tokens"
-        if options.attention_dropout is None:
-            options.attention_dropout = 0.0
-            reasons["attention_dropout"] = "on a CPU its random numbers cost more than attention itself"
+    on_cpu = not torch.cuda.is_available()
+    if options.attention is None:
+        plain = on_cpu and options.task not in _LONG_INPUTS
+        options.attention = "eager" if plain else None
+        reasons["attention"] = "on a CPU the fastest up to 256 tokens" if plain else "the model's own, fused if it can"
+    if options.attention_dropout is None:
+        options.attention_dropout = 0.0 if on_cpu else None
+        reasons["attention_dropout"] = "on a CPU it costs more than attention itself" if on_cpu else "the model's own"
 
 
 def fill_epochs(arguments: "TrainerOptions", rows: int) -> None:

@@ -1,6 +1,5 @@
 """The command line of `train.py`: options of ours, and every argument of the Hugging Face Trainer."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,8 @@ from transformers import TrainingArguments
 
 from training import defaults
 from training.errors import UserError
+
+_NO_CLIPPING = 1e30  # an infinity is no JSON
 
 
 @dataclass
@@ -159,7 +160,7 @@ class TrainerOptions(TrainingArguments):
         if self.bf16 is None:
             self.bf16, self.reasons["bf16"] = defaults.bf16()
         if self.max_grad_norm == 0:  # no clipping; but that the gradients are numbers is checked where they are clipped
-            self.max_grad_norm = math.inf
+            self.max_grad_norm = _NO_CLIPPING
         chosen = self.metric_for_best_model
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has not annotated it
