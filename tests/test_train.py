@@ -155,8 +155,6 @@ def test_bad_data(refused: Refused, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("--task", "poetry"), ["--task poetry", "text-classification"]),
-        (("--lerning-rate", "1e-4"), ["--lerning-rate 1e-4", "--help"]),
-        (("stray",), ["stray"]),
         (("--validation-share", "1"), ["--validation-share 1", "between 0 and 1"]),
         (("--max-length", "4"), ["--max-length 4", "8 to 512"]),
         (("--max-length", "513"), ["--max-length 513", "8 to 512"]),
