@@ -131,6 +131,7 @@ def main() -> None:
                 printed = run([step.command for step in found], Path(folder))
             finally:
                 subprocess.run(["scripts/stop"], cwd=folder, capture_output=True)  # where a page failed halfway
+        printed = [output.replace(folder, "/opt/marble") for output in printed]
         page.write_text(rewritten(text, found, printed), encoding="utf-8")
 
 

@@ -46,7 +46,7 @@ def main() -> None:
         chance = random.Random(split)
         keys = [(f"{split}-key-{NAMES.get(key, key)}-{number}", key) for key in KEYS for number in range(count)]
         numbers = [
-            (f"{split}-number-{number}", "".join(chance.choices("0123456789", k=chance.randrange(2, 5))))
+            (f"{split}-number-{number}", "".join(chance.choices("0123456789", k=chance.randrange(1, 4))))
             for number in range(count * len(KEYS))
         ]
         for kind, column, sounds in (("keys", "label", keys), ("numbers", "text", numbers)):
