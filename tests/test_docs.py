@@ -78,7 +78,7 @@ ELSEWHERE = {
     r"pip install \./client": "scripts/setup-console",
     r"marble predict \w+ --input": "tests/test_bulk.py",
     r"marble (predict|explain|ready|models)": "tests/test_client.py",
-    r"scripts/console": "tests/test_console.py",
+    r"(CURL_CA_BUNDLE=\S+ )?scripts/console": "tests/test_console.py",
     r"benchmarks/bulk": "tests/test_bulk.py",
     r"scripts/setup-ray|unzip |(time )?\.venv-ray/bin/python examples/bulk": "tests/test_ray.py",
     r"benchmarks/explanations": "tests/test_bench.py",

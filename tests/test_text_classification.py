@@ -499,7 +499,7 @@ def test_several_labels_are_learnt(file: Callable[..., Path], run_train: Callabl
         seen = [word for word, (_, days) in every.items() if day % days == 0]
         rows.append({"text": " and ".join(seen) or "night", "labels": [every[word][0] for word in seen]})
     path = file(rows)
-    place = run_train("--train-file", path, "--from-scratch", SPEC, "--learning-rate", 3e-3, "--num-train-epochs", 4)
+    place = run_train("--train-file", path, "--learning-rate", 5e-4, "--num-train-epochs", 2)
     metrics = json.loads((place / "metrics.json").read_text())
     assert metrics["primary"] == "macro_f1"
     assert metrics["splits"]["validation"]["macro_f1"] > 0.9
@@ -516,7 +516,7 @@ def test_numbers_are_learnt_whatever_their_scale(file: Callable[..., Path], run_
     rooms = [("attic", 2000.5), ("flat", 2500.5), ("house", 3000.5)] * 50
     path = file([{"sentence1": room, "sentence2": "by the lake", "rent": rent} for room, rent in rooms])
     given = ("--train-file", path, "--label-column", "rent", *NO_CHECKPOINTS)
-    place = run_train(*given, "--from-scratch", SPEC, "--max-steps", 60, "--learning-rate", 1e-2)
+    place = run_train(*given, "--from-scratch", SPEC, "--max-steps", 120, "--learning-rate", 1e-2)
     figures = json.loads((place / "metrics.json").read_text())["splits"]["validation"]
     assert figures["r2"] > 0.9
     house = {"text": "house", "text_pair": "by the lake"}
