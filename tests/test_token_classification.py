@@ -425,14 +425,15 @@ def span(kind: str, start: int, end: int) -> dict[str, Any]:
 def test_scores_count_whole_entities() -> None:
     targets = [[span("per", 0, 3), span("per", 4, 8), span("loc", 10, 14)], [], [span("loc", 0, 4)]]
     found = [[span("per", 0, 3), span("per", 4, 7), span("per", 10, 14)], [span("loc", 2, 3)], [span("loc", 0, 4)]]
-    score = TokenClassification().score(found, targets, [])
+    labels = ["O", "B-per", "I-per", "B-loc", "I-loc"]
+    score = TokenClassification().score(found, targets, labels)
     assert score["rows"] == 3
     assert score["precision"] == pytest.approx(2 / 5)
     assert score["recall"] == pytest.approx(2 / 4)
     assert score["f1"] == pytest.approx(4 / 9)
     assert score["per_label"]["per"] == pytest.approx({"precision": 1 / 3, "recall": 1 / 2, "f1": 2 / 5, "rows": 2})
     assert score["macro_f1"] == pytest.approx(np.mean([entry["f1"] for entry in score["per_label"].values()]))
-    perfect = TokenClassification().score(targets, targets, [])
+    perfect = TokenClassification().score(targets, targets, labels)
     assert perfect["f1"] == 1.0
     assert TokenClassification().score([[], []], [[], []], [])["f1"] == 0.0
 

@@ -108,7 +108,7 @@ def lines(output: str) -> list[str]:
     passing = ("  chosen", "  epoch")
     kept = [line for line in transcripts.without_progress(output).splitlines() if not line.startswith(passing)]
     values = r"\b[0-9a-f]{64}\b|(at most )?\d[\w.,]*( (epochs|steps)\b)?|torch|openvino|fp32|bf16|int8"
-    return [re.sub(values, "#", line) for line in kept]
+    return [" ".join(re.sub(values, "#", line).split()) for line in kept]
 
 
 def assert_alike(found: Any, shown: Any) -> None:
