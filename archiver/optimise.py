@@ -259,9 +259,9 @@ def lines(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def table(record: Mapping[str, Any]) -> str:
     """The candidates of a record, one a line."""
-    columns = list(zip(*lines(record), strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines(record))
+    rows = lines(record)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _candidates(bundle: Bundle, backend: str, precision: str) -> Iterator[Candidate]:
