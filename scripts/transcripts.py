@@ -77,7 +77,10 @@ def without_progress(output: str) -> str:
 
 
 def run(commands: Sequence[str], folder: Path) -> list[str]:
-    """What each command prints, errors too, in one shell. Raises SystemExit for one that fails."""
+    """What each command prints, errors too, in one shell, as if `folder` was /opt/marble.
+
+    Raises SystemExit for one that fails.
+    """
     printed = []
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with subprocess.Popen(
@@ -104,7 +107,7 @@ def run(commands: Sequence[str], folder: Path) -> list[str]:
             output += "" if output.endswith("\n") or not output else "\n"
             if line.split()[1] != "0":
                 raise SystemExit(f"failed: {command}\n{output}")
-            printed.append(without_progress(output))
+            printed.append(without_progress(output).replace(str(folder), "/opt/marble"))
         shell.stdin.close()
     return printed
 
@@ -131,7 +134,6 @@ def main() -> None:
                 printed = run([step.command for step in found], Path(folder))
             finally:
                 subprocess.run(["scripts/stop"], cwd=folder, capture_output=True)  # where a page failed halfway
-        printed = [output.replace(folder, "/opt/marble") for output in printed]
         page.write_text(rewritten(text, found, printed), encoding="utf-8")
 
 

@@ -12,7 +12,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,7 +22,16 @@ import jinja2
 import psutil
 
 from server import tokens
-from server.torchserve import LOGS, ROOT, Addresses, ServerError, find_process, read_properties, rotate
+from server.torchserve import (
+    LOGS,
+    ROOT,
+    Addresses,
+    ServerError,
+    find_process,
+    folder_for_sockets,
+    read_properties,
+    rotate,
+)
 
 # Where the front door of a working directory writes itself down.
 STATE = Path("run/front.json")
@@ -217,12 +225,15 @@ class Front:
     def __init__(
         self, settings: Settings, certificate: Certificate, addresses: Addresses, models: Sequence[str]
     ) -> None:
-        """Renders its configuration; `start` starts it. Raises ServerError if there is no nginx."""
+        """Renders its configuration; `start` starts it.
+
+        Raises ServerError if there is no nginx, or no place for sockets.
+        """
         self._nginx = _program("nginx", "nginx-light")
         self.settings = settings
         self.certificate = certificate
         # nginx's own processes, which run as nobody when this one is root, must reach what is in it.
-        self.folder = Path(tempfile.mkdtemp(prefix="marble-front-"))
+        self.folder = folder_for_sockets("marble-front-")
         self.folder.chmod(0o711)
         self._process: subprocess.Popen[bytes] | None = None
         self._seen = self._stamps()

@@ -36,6 +36,8 @@ _OLD_CONSOLES = 5
 # What TorchServe writes at each start.
 KEYS = Path("key_file.json")
 _SECONDS_TO_STOP = 30
+# The kernel's limit, and what TorchServe calls the sockets of its workers.
+_LONGEST_SOCKET_PATH, _SOCKET = 107, ".ts.sock.99999"
 
 
 class ServerError(Exception):
@@ -192,6 +194,18 @@ def check_free(ports: Sequence[tuple[str, int]]) -> None:
                 ) from None
 
 
+def folder_for_sockets(prefix: str) -> Path:
+    """A new temporary folder. Raises ServerError where sockets in it would have too long paths for the kernel."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    if len(os.fsencode(folder / _SOCKET)) > _LONGEST_SOCKET_PATH:
+        folder.rmdir()
+        raise ServerError(
+            f"{folder.parent}, the folder for temporary files, has too long a path for the sockets in it: "
+            "set TMPDIR to a shorter one, e.g. /tmp"
+        )
+    return folder
+
+
 def start(
     archives: Sequence[Archive], config: Path, *, tokens: bool, trust: Path | None = None
 ) -> tuple[Server, "Logs"]:
@@ -200,9 +214,8 @@ def start(
     trust: the key that has signed them. Raises ServerError if it does not start at all.
     """
     addresses = Addresses.read(config)
-    # Short, because worker sockets lie in it and their paths may have 107 characters; its own, so that two servers
-    # on one machine do not share sockets.
-    scratch = tempfile.mkdtemp(prefix="marble-")
+    # Its own, so that two servers on one machine do not share sockets.
+    scratch = str(folder_for_sockets("marble-"))
     LOGS.mkdir(exist_ok=True)
     STATE.parent.mkdir(exist_ok=True)
     KEYS.unlink(missing_ok=True)

@@ -675,7 +675,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     specification = f"roberta {SIZES} vocab_size=400 max_position_embeddings=130"
     return trained(
         folder / "bundle",
-        *("--train-file", path, "--from-scratch", specification, "--max-steps", 140, "--learning-rate", 5e-3),
+        *("--train-file", path, "--from-scratch", specification, "--max-steps", 240, "--learning-rate", 5e-3),
     )
 
 

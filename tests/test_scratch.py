@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 import train
 from training import base_model, corpus, models, scratch
 from training.errors import UserError
+from training.options import Options
 
 SMALL = {
     "bert": "hidden_size=32 num_hidden_layers=2 num_attention_heads=2 intermediate_size=64",
@@ -193,7 +194,9 @@ def test_models_from_scratch_are_seeded(texts: list[str]) -> None:
     for seed in (1, 1, 2):
         transformers.set_seed(seed)
         tokenizer = models.load_tokenizer(base, "a model", texts)
-        model = models.load(base, AutoModel, "a model", tokenizer, **models.attention())
+        model = models.load(
+            base, AutoModel, "a model", tokenizer, **models.attention(Options(task="feature-extraction"))
+        )
         found.append(model.get_input_embeddings().weight)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])

@@ -31,6 +31,7 @@ class Place:
     store: Path
     config: Path
     ports: list[int]
+    temporary: Path
 
     def processes(self) -> list[psutil.Process]:
         """Everything started from here that still runs: launcher, JVM and workers, wherever they hang."""
@@ -51,7 +52,7 @@ class Place:
             socket.create_server(("127.0.0.1", port)).close()
         assert not (self.folder / "key_file.json").exists()
         assert not (self.folder / "run" / "server.json").exists()
-        assert list((self.folder / "tmp").glob("marble-*")) == []
+        assert list(self.temporary.glob("marble-*")) == []
 
     def refuses(self, *options: object, store: Path | None = None) -> str:
         """What scripts/serve says on stderr when it refuses."""
@@ -80,18 +81,20 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def place(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
     """A folder with an archive in its store. Whatever a failed test has left running is ended."""
     folder = tmp_path / "serve"
-    (folder / "tmp").mkdir(parents=True)
+    folder.mkdir()
     (tmp_path / "store").mkdir()
     for suffix in (".mar", ".mar.sha256"):
         os.link(store / f"{NAME}{suffix}", tmp_path / "store" / f"{NAME}{suffix}")
     config, ports = write_config(folder)
     # Children inherit both; the first tells them from those of other tests.
     monkeypatch.setitem(conftest.OFFLINE, "MARBLE_TEST", str(folder))
-    monkeypatch.setitem(conftest.OFFLINE, "TMPDIR", str(folder / "tmp"))
-    place = Place(folder, tmp_path / "store", config, ports)
+    place = Place(folder, tmp_path / "store", config, ports, tmp_path_factory.mktemp("t"))
+    monkeypatch.setitem(conftest.OFFLINE, "TMPDIR", str(place.temporary))
     yield place
     for process in place.processes():
         process.kill()
@@ -212,6 +215,16 @@ def test_a_busy_port(place: Place, which: int) -> None:
     assert f"port {place.ports[which]} on 127.0.0.1 is not free" in done.stderr
     assert done.stderr.count("\n") == 1
     place.assert_nothing_is_left()
+
+
+def test_temporary_files_too_far_down_for_sockets(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = place.temporary / ("d" * 70)
+    deep.mkdir()
+    monkeypatch.setitem(conftest.OFFLINE, "TMPDIR", str(deep))
+    message = place.refuses_in_a_line()
+    assert message.startswith(f"{deep}, the folder for temporary files, has too long a path for the sockets in it")
+    assert "set TMPDIR to a shorter one, e.g. /tmp" in message
+    assert list(deep.iterdir()) == []
 
 
 # --- Refused by the worker, when it loads ----------------------------------------------------------------------------

@@ -297,6 +297,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(images: Path, tmp_pa
         arguments = TrainerOptions(
             output_dir=str(tmp_path / kind),
             max_steps=6,
+            num_train_epochs=1.0,
             learning_rate=1e-4,
             save_strategy="no",
             eval_strategy="no",

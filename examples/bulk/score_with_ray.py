@@ -108,7 +108,11 @@ def main(argv: list[str]) -> None:
     parameters.parse(tasks.load(Settings.load(arguments.model).task).Parameters, arguments.parameters)
     # The cluster that RAY_ADDRESS names, else one of this machine alone.
     ray.init(include_dashboard=False, ignore_reinit_error=True)
-    DataContext.get_current().execution_options.preserve_order = True
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    # Its new reader of parquet lists files in a task that takes a CPU, whatever it is told: it would wait for actors
+    # that wait for it.
+    context.use_datasource_v2 = False
     scored = read(arguments.input, kinds).map_batches(
         Scorer,
         fn_constructor_args=given,

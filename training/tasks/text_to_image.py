@@ -124,8 +124,10 @@ class TextToImage(TrainingTask):
         """A Trainer over images that are in memory, as the model paints them."""
         arguments.train_sampling_strategy = "random"  # all images have the same length
         if isinstance(model, Gan):
-            if options.early_stopping_patience is not None:
-                raise UserError("--early-stopping-patience: a GAN's loss does not tell how good it is; leave it out")
+            why = "a GAN's loss does not tell how good it is"
+            if options.early_stopping_patience and "early_stopping_patience" not in arguments.reasons:
+                raise UserError(f"--early-stopping-patience: {why}; leave it out")
+            options.early_stopping_patience, arguments.reasons["early_stopping_patience"] = 0, why
             arguments.adam_beta1, arguments.adam_beta2 = 0.0, 0.99  # momentum makes painter and critic chase each other
             arguments.eval_strategy, arguments.load_best_model_at_end = IntervalStrategy.NO, False
         return trainer.build(
