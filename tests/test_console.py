@@ -570,6 +570,7 @@ def test_the_camera_and_the_microphone(page: Browser, backend: FakeServer, axe: 
     """Of the image that was chosen and the one that was taken, the later one is sent."""
     n = choose(page, "image-classification")
     page.click(f"#camera-{n} button:not([aria-label])")
+    until(lambda: page.run(f"return document.querySelector('#camera-{n} video')?.videoWidth"), "what the camera sees")
     page.click(f"#camera-{n} [aria-label='capture photo']")
     until(lambda: page.elements(f"#camera-{n} [aria-label='Remove Image']"), "a picture")
     page.click(f"#ask-{n}")
@@ -587,7 +588,7 @@ def test_the_camera_and_the_microphone(page: Browser, backend: FakeServer, axe: 
     n = choose(page, "audio-classification")
     page.click(f"#audio-{n} [aria-label='Record audio']")
     page.click(f"#audio-{n} .record-button")
-    until(lambda: page.text(f"#audio-{n} time").strip() not in ("", "0:00"), "a second of sound")
+    until(lambda: "0:01" in page.text(f"#audio-{n} .duration"), "a second of sound")
     page.click(f"#audio-{n} .stop-button")
     until(lambda: page.elements(heard(n)), "the sound")
     page.click(f"#ask-{n}")
