@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from handler.tasks.text_classification import activate
-from training import calibration, data, evaluation, labelled_texts, models, trainer
+from training import calibration, data, distillation, evaluation, labelled_texts, models, trainer
 from training.base_model import BaseModel
 from training.batches import Padding, TokenRows
 from training.care import Row
+from training.errors import UserError
 from training.labelled_texts import MULTI, REGRESSION, SINGLE
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
@@ -105,6 +106,11 @@ class TextClassification(TrainingTask):
         columns = labelled_texts.text_columns(splits.train)
         kind = labelled_texts.problem(splits.train)
         mean, deviation = _scale(splits.train, _head(model)) if kind == REGRESSION else (0.0, 1.0)
+        if options.teacher and kind == REGRESSION:
+            raise UserError("--teacher: a number is not learnt from one; leave it out")
+        teacher = distillation.load_teacher(
+            options, arguments, AutoModelForSequenceClassification, self.purpose, splits.labels, several=kind == MULTI
+        )
 
         def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
             texts = [batch[name] for name in columns]
@@ -113,18 +119,20 @@ class TextClassification(TrainingTask):
                 encoded["label"] = [(value - mean) / deviation for value in batch["label"]]
             return dict(encoded)
 
-        def features(rows: Dataset | None) -> TokenRows | None:
+        def features(rows: Dataset | None, taught: distillation.Logits | None = None) -> TokenRows | None:
             if rows is None:
                 return None
             tokenized = rows.map(tokenize, batched=True, remove_columns=columns, keep_in_memory=True)
-            return TokenRows(tokenized.rename_column("label", "labels"))
+            return TokenRows(tokenized.rename_column("label", "labels"), taught)
 
         return trainer.build(
             model,
             processor,
             arguments,
             options,
-            train=features(splits.train),
+            train=features(
+                splits.train, teacher and teacher.judge_texts(splits.train, columns, settings["max_length"])
+            ),
             validation=features(splits.validation),
             collator=Padding(processor),
             metrics=_METRICS[kind],
