@@ -81,11 +81,9 @@ class Teacher:
         batches = [order[start : start + _ROWS] for start in range(0, len(order), _ROWS)]
         found: dict[int, NDArray[np.float32]] = {}
         self.model.to(self.device).eval()
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        with torch.inference_mode(), autocast:
-            for numbers in tqdm(
-                batches, desc="the teacher answers", unit=" batches", delay=2, leave=False, disable=None
-            ):
+        bar = tqdm(batches, desc="the teacher answers", unit=" batches", delay=2, leave=False, disable=None)
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            for numbers in bar:
                 places = iter(numbers)
                 for piece in parts(padding([tokens[number] for number in numbers]), self.most_tokens):
                     piece = {name: tensor.to(self.device) for name, tensor in piece.items()}
