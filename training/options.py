@@ -132,7 +132,7 @@ class Options:
                 raise UserError(
                     f"--{name} needs a base model: weights from scratch have learnt nothing that could be kept"
                 )
-        for name in ("teacher", "lora"):
+        for name in ("layers", "teacher", "lora"):
             if getattr(self, name) is not None and self.train_file is None:
                 raise UserError(f"--{name} needs a --train-file: without one nothing is learnt")
 
