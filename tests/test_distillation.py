@@ -50,7 +50,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     kinds: dict[str, tuple[str, Any, dict[str, Any]]] = {
         "base": ("bert", transformers.AutoModel, {"num_hidden_layers": 4, **CALM}),
         "teacher": ("bert", AutoModelForSequenceClassification, labelled(*LABELS)),
-        "stranger": ("roberta", AutoModelForSequenceClassification, labelled(*LABELS)),
+        "stranger": ("roberta", AutoModelForSequenceClassification, labelled(*LABELS, initializer_range=1.0)),
         "several": ("bert", AutoModelForSequenceClassification, several),
         "tagger": ("bert", AutoModelForTokenClassification, labelled("O", "B-place", "I-place")),
         "strange-tagger": ("roberta", AutoModelForTokenClassification, labelled("O", "B-place", "I-place")),

@@ -62,7 +62,7 @@ def merge(model: Any) -> None:
         del model.base_model.peft_config
 
 
-def learnt(model: nn.Module) -> dict[str, torch.Tensor] | None:
+def learnt(model: Any) -> dict[str, torch.Tensor] | None:
     """The weights that learn, by name, of a model with adapters; None for any other."""
     if not any(hasattr(module, "lora_A") for module in model.modules()):
         return None

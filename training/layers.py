@@ -48,7 +48,8 @@ def keep(model: PreTrainedModel, count: int) -> PreTrainedModel:
             if (old := f"{stack}.{place}.") in places:
                 weights[places[old] + name.removeprefix(old)] = weight
     # Built anew from the config, as it will be when the bundle is loaded: layers may know their number.
-    smaller = type(model)(config).to(model.dtype)
+    smaller: Any = type(model)(config)
+    smaller.to(model.dtype)
     try:
         smaller.load_state_dict(weights)
     except RuntimeError as error:
@@ -57,7 +58,8 @@ def keep(model: PreTrainedModel, count: int) -> PreTrainedModel:
         ) from error
     if model.can_generate():
         smaller.generation_config = model.generation_config
-    return smaller.eval()
+    kept_model: PreTrainedModel = smaller.eval()
+    return kept_model
 
 
 def spaced(count: int, total: int) -> list[int]:

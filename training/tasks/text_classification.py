@@ -119,20 +119,21 @@ class TextClassification(TrainingTask):
                 encoded["label"] = [(value - mean) / deviation for value in batch["label"]]
             return dict(encoded)
 
-        def features(rows: Dataset | None, taught: distillation.Logits | None = None) -> TokenRows | None:
+        def features(rows: Dataset | None, teacher: distillation.Teacher | None = None) -> TokenRows | None:
             if rows is None:
                 return None
             tokenized = rows.map(tokenize, batched=True, remove_columns=columns, keep_in_memory=True)
-            return TokenRows(tokenized.rename_column("label", "labels"), taught)
+            tokenized = tokenized.rename_column("label", "labels")
+            if teacher is None:
+                return TokenRows(tokenized)
+            return TokenRows(tokenized, teacher.judge_texts(rows, columns, settings["max_length"]))
 
         return trainer.build(
             model,
             processor,
             arguments,
             options,
-            train=features(
-                splits.train, teacher and teacher.judge_texts(splits.train, columns, settings["max_length"])
-            ),
+            train=features(splits.train, teacher),
             validation=features(splits.validation),
             collator=Padding(processor),
             metrics=_METRICS[kind],

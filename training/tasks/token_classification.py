@@ -153,8 +153,9 @@ class TokenClassification(TrainingTask):
             windows = rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
             # A window that is all one long word's, whose label is in another, teaches nothing; its loss is no number.
             windows = windows.filter(_has_label, input_columns="labels", keep_in_memory=True)
-            taught = teacher and teacher.judge_tokens(windows.remove_columns("labels"), settings["max_length"])
-            return TokenRows(windows, taught)
+            if teacher is None:
+                return TokenRows(windows)
+            return TokenRows(windows, teacher.judge_tokens(windows.remove_columns("labels"), settings["max_length"]))
 
         def metrics(prediction: EvalPrediction) -> dict[str, float]:
             expected, found = _sequences(prediction, splits.labels)
