@@ -58,8 +58,8 @@ def keep(model: PreTrainedModel, count: int) -> PreTrainedModel:
         ) from error
     if model.can_generate():
         smaller.generation_config = model.generation_config
-    kept_model: PreTrainedModel = smaller.eval()
-    return kept_model
+    found: PreTrainedModel = smaller.eval()
+    return found
 
 
 def spaced(count: int, total: int) -> list[int]:
