@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from safetensors import safe_open
 
 from benchmarks.quality_data import ROOT, SEED
@@ -97,10 +97,13 @@ def build(name: str, work: Path) -> tuple[Engine, float]:
 
 def measure(data: Path, work: Path, quick: bool) -> dict[str, dict[str, Any]]:
     """The figures of each model."""
-    train_file = work / "train.csv"
-    rows = Dataset.from_csv(str(data / "sst2" / "train.csv")).shuffle(seed=SEED)
-    rows.select(range(QUICK_ROWS if quick else ROWS)).to_csv(str(train_file))
-    files = ["--train-file", str(train_file), "--test-file", str(data / "sst2" / "dev.csv")]
+    rows, dev = (Dataset.from_csv(str(data / "sst2" / f"{split}.csv")) for split in ("train", "dev"))
+    rows = rows.shuffle(seed=SEED).select(range(QUICK_ROWS if quick else ROWS))
+    dev = dev.select(range(QUICK_TEXTS if quick else len(dev)))
+    files: list[str] = []
+    for option, split in (("--train-file", rows), ("--test-file", dev)):
+        files += [option, str(work / f"{option}.csv")]
+        split.to_csv(files[-1])
     found: dict[str, dict[str, Any]] = {}
     for name, way in WAYS.items():
         found[name] = train(name, files, work, quick) if way.bundle is None else {}
@@ -108,7 +111,6 @@ def measure(data: Path, work: Path, quick: bool) -> dict[str, dict[str, Any]]:
     engines: dict[str, Engine] = {}
     for name in WAYS:
         engines[name], found[name]["archive_mb"] = build(name, work)
-    dev = Dataset.from_csv(str(data / "sst2" / "dev.csv")).select(range(QUICK_TEXTS if quick else 872))
     cut = {"overflow": "truncate"}
     examples = [{"inputs": row["text"], "parameters": cut, "target": row["label"]} for row in dev]
     task, labels = tasks.load(_TASK), sorted(set(dev["label"]))
@@ -168,6 +170,7 @@ def main() -> None:
     arguments = parse(sys.argv[1:])
     if not (arguments.data / "sst2").is_dir():
         sys.exit(f"benchmarks/compression: {arguments.data}/sst2 is missing; name the data sets' folder with --data")
+    disable_progress_bars()
     with tempfile.TemporaryDirectory(prefix="compression-") as folder:
         found: dict[str, Any] = {
             "command": f"benchmarks/compression{' --quick' if arguments.quick else ''}",

@@ -19,6 +19,7 @@ from test_train import TINY, write_csv
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from benchmarks import compression
 from handler import golden
 from handler.engine import Engine
 from training import distillation, layers, scratch
@@ -235,6 +236,22 @@ def test_teachers_that_are_refused(bases: dict[str, Path], data: Path, sentences
     with pytest.raises(UserError, match="its problem_type is multi_label_classification, that of the data single"):
         train(data, tmp_path / "bundle", bases["base"], "--teacher", several, "--max-steps", 1)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_table_of_the_benchmark() -> None:
+    """Each model has its line, and docs/training.md has that of the committed results."""
+    trained = {"weights_learnt": 480386, "training_seconds": 61.2}
+    measured = {"archive_mb": 91.6, "texts_per_second": [300.0, 321.0, 310.0], "accuracy": 0.8752}
+    models = {name: measured | (trained if way.bundle is None else {}) for name, way in compression.WAYS.items()}
+    found = {"models": models, "rows": 2000, "machine": {"processor": "a CPU", "cpus": 2}}
+    text = compression.DOCUMENT.read_text(encoding="utf-8")
+    lines = compression.document(found, text).splitlines()
+    assert "| 6 layers, adapters of rank 8 | 92 MB | 0.5 million | 61 s | 310 (300 to 321) | 87.5 % |" in lines
+    assert "| the first row in int8 | 92 MB |  |  | 310 (300 to 321) | 87.5 % |" in lines
+    if compression.RESULTS.exists():
+        assert compression.document(json.loads(compression.RESULTS.read_text()), text) == text
+    with pytest.raises(ValueError, match="needs the lines"):
+        compression.document(found, "no marks")
 
 
 # --- Fewer layers -----------------------------------------------------------------------------------------------------
