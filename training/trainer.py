@@ -46,6 +46,11 @@ class SafeTrainer(Trainer):
             place.mkdir(parents=True, exist_ok=True)
             save_file({name: weight.contiguous() for name, weight in learnt.items()}, place / SAFE_WEIGHTS_NAME)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As Trainer's, but for the frozen weights, which a checkpoint with adapters leaves out."""
+        if load_result.unexpected_keys or adapters.learnt(self.model) is None:
+            super()._issue_warnings_after_load(load_result)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         if not math.isfinite(norm):
