@@ -23,7 +23,7 @@ import transformers
 from datasets import ClassLabel
 
 from handler.engine import Engine
-from training import base_model, bundle, care, defaults, evaluation, help, report, tasks
+from training import base_model, bundle, care, defaults, evaluation, help, privacy, report, tasks
 from training.errors import UserError
 from training.interrupts import INTERRUPTED, end_if_interrupted, remembered
 from training.options import Options, TrainerOptions
@@ -51,13 +51,16 @@ def main() -> None:
     describe(speak, splits, counts)
     compared = {name: task.compared(rows, splits.labels) for name, rows in splits.named().items()}
     findings = care.examine(compared)
-    if found := findings.sentence():
-        speak(f"the data repeats itself: {found}; report.html shows which")
     threads = torch.get_num_threads()
     choices: list[defaults.Choice] = []
 
     model, processor = task.load(base, splits, options)
     settings = task.settings(model, processor, options)
+    lengths = {name: care.lengths(rows, processor) for name, rows in compared.items() if rows}
+    if found := findings.sentence(lengths, settings.get("max_length")):
+        if options.strict:
+            raise UserError(f"--strict: {found}; mend the data, or leave --strict out for a report of which rows")
+        speak(f"the data is not clean: {found}; report.html shows which")
     history: dict[str, Any] = {}
     if splits.train is None:
         speak(f"no --train-file: {base.name} is bundled as it is")
@@ -103,9 +106,11 @@ def main() -> None:
             }
             known = examples.get("validation", [])
             bundle.write_lines(stage, "validation.jsonl", known)
+            trained_on: list[dict[str, Any]] = []
             if splits.train is not None:
                 chosen = splits.train.shuffle(seed=arguments.seed).select(range(min(_CALIBRATION, len(splits.train))))
-                bundle.write_calibration(stage, task.examples(chosen, splits.labels))
+                trained_on = task.examples(chosen, splits.labels)
+                bundle.write_calibration(stage, trained_on)
             # From here on the engine speaks: what is measured and recorded is what will be served.
             engine = Engine(stage)
             golden = bundle.write_golden(stage, engine, task.golden(known, engine.settings.max_length, arguments.seed))
@@ -118,12 +123,13 @@ def main() -> None:
                 "rows": {name: len(rows) for name, rows in splits.named().items()},
                 "rows_per_label": counts,
                 "rows_skipped": splits.skipped,
-                "repetitions": findings.counts(),
+                "findings": findings.counts(),
                 "choices": [asdict(choice) for choice in choices],
                 "splits": {
                     name: task.score(predictions[name], [row["target"] for row in rows], splits.labels)
                     for name, rows in examples.items()
                 },
+                "membership": privacy.membership(engine, trained_on, examples, predictions),
                 **history,
             }
             bundle.write_json(stage, "metrics.json", metrics)
@@ -138,7 +144,6 @@ def main() -> None:
                 threads=threads,
             )
             bundle.write_json(stage, "provenance.json", sources)
-            lengths = {name: care.lengths(rows, processor) for name, rows in compared.items() if rows}
             evidence = report.Evidence(engine, examples, predictions, golden, findings, lengths)
             report.write(stage, place.name, metrics, sources, evidence)
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -161,6 +166,12 @@ def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
         raise UserError("--from-scratch needs a --train-file: there is nothing to bundle in a model that knows nothing")
     if not 0 < options.validation_share < 1:
         raise UserError(f"--validation-share {options.validation_share}: give a share between 0 and 1, e.g. 0.1")
+    if options.wished_precision is not None and not 0 < options.wished_precision <= 1:
+        raise UserError(f"--wished-precision {options.wished_precision}: give a share up to 1, e.g. 0.95")
+    if options.wished_precision is not None and options.task != "text-classification":
+        raise UserError(
+            f"--wished-precision: {options.task} has no answers to leave out; it is for text-classification"
+        )
     if options.early_stopping_patience and not arguments.load_best_model_at_end:
         raise UserError("--early-stopping-patience needs --load-best-model-at-end true, to ship the best epoch")
     if options.most_tokens < 1:

@@ -222,7 +222,7 @@ def _live(model: Live | None) -> list[str]:
 
     return [
         f"{model.requests:,}",
-        "–" if model.rate is None else f"{model.rate:.1f}",
+        "–" if model.rate is None else f"{model.rate:.{1 if model.rate >= 1 else 2}f}",
         "–" if model.failed is None else f"{100 * model.failed:.1f} %",
         *map(milliseconds, (model.median, model.tail, model.queue)),
     ]

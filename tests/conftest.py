@@ -5,6 +5,8 @@ bundle or an archive calls the same programs in this process, which spares each 
 """
 
 import contextlib
+import ctypes
+import gc
 import io
 import json
 import os
@@ -26,6 +28,7 @@ import psutil
 import pytest
 import requests
 from console_page import axe, browser_environment, chromium, start_console  # noqa: F401
+from filelock import FileLock
 
 import marble_client
 from handler import cpus
@@ -43,6 +46,15 @@ def one_thread() -> None:
     """Models as small as those of most tests are faster on one thread, and many times so on a busy machine."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_processes() -> Iterator[None]:
+    """What the tests of a module have freed goes back to the system, rather than that one process keeps the most."""
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run(
@@ -108,16 +120,31 @@ def shared() -> Path:
     return folder
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, in one of pytest's processes for all of them."""
+    together = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (factory.getbasetemp().parent if together else factory.getbasetemp()) / name
+    done = folder.with_suffix(".done")
+    with FileLock(folder.with_suffix(".lock")):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text classifier fine-tuned for a few steps on the shipped reviews."""
-    place = tmp_path_factory.mktemp("bundles") / "reviews"
-    train_here(
-        *("--task", "text-classification", "--output-dir", place, "--max-steps", 40, *NO_CHECKPOINTS),
-        *("--train-file", REVIEWS / "train.csv", "--validation-file", REVIEWS / "validation.csv"),
-        threads=CPUS,
-    )
-    return place
+
+    def make(folder: Path) -> None:
+        train_here(
+            *("--task", "text-classification", "--output-dir", folder / "reviews", "--max-steps", 40, *NO_CHECKPOINTS),
+            *("--train-file", REVIEWS / "train.csv", "--validation-file", REVIEWS / "validation.csv"),
+            threads=CPUS,
+        )
+
+    return made_once(tmp_path_factory, "bundles", make) / "reviews"
 
 
 def build(bundle: Path, store: Path, *options: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -128,13 +155,15 @@ def build(bundle: Path, store: Path, *options: object, **environment: str) -> su
 @pytest.fixture(scope="session")
 def store(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store with one bundle in three forms: reviews (auto), reviews-fp32 (openvino) and reviews-torch."""
-    folder = tmp_path_factory.mktemp("model_store")
-    # A copy, because what `auto` measures is written into the bundle.
-    measured = shutil.copytree(bundle, tmp_path_factory.mktemp("measured") / "reviews", copy_function=os.link)
-    build_here(measured, folder, "reviews", precision="auto")
-    build_here(bundle, folder, "reviews-fp32", "openvino")
-    build_here(bundle, folder, "reviews-torch", "torch")
-    return folder
+
+    def make(folder: Path) -> None:
+        # A copy, because what `auto` measures is written into the bundle.
+        measured = shutil.copytree(bundle, tmp_path_factory.mktemp("measured") / "reviews", copy_function=os.link)
+        build_here(measured, folder, "reviews", precision="auto")
+        build_here(bundle, folder, "reviews-fp32", "openvino")
+        build_here(bundle, folder, "reviews-torch", "torch")
+
+    return made_once(tmp_path_factory, "model_store", make)
 
 
 @pytest.fixture(scope="session")

@@ -522,6 +522,8 @@ def test_a_screen_reader_finds_its_way(page: Browser) -> None:
 
 
 def test_nothing_is_fetched_from_elsewhere(page: Browser, console: str) -> None:
+    page.log("performance")  # of pages before
+    page.open(console)
     choose(page, "image-classification")
     click_tab(page, "Batch")
     until(lambda: page.elements("#csv"), "the tab")

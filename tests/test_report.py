@@ -23,13 +23,14 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from handler.engine import Engine
 from handler.messages import Request, Result
-from training import base_model, calibration, care, charts, compare, evaluation, mistakes, report
+from training import base_model, calibration, care, charts, compare, evaluation, label_errors, mistakes, privacy, report
 from training.care import Row
 from training.errors import UserError
 from training.mistakes import Mistake
 
 SPEC = "bert hidden_size=16 num_hidden_layers=1 num_attention_heads=2 intermediate_size=32 max_position_embeddings=64"
 HOSTILE = "</style><script>alert('&lt;')</script> \"quoted\" <img src=x onerror=y> \x07 نص 🙂"
+Train = Callable[..., Path]
 VOID = {"meta", "br", "path", "polyline", "circle"}
 
 
@@ -61,11 +62,13 @@ def test_repetitions_by_hand() -> None:
         "duplicates": {"train": 2, "validation": 1},
         "leaks": {"train in validation": 1, "train in test": 2, "validation in test": 2},
         "conflicts": 1,
+        "damaged": {},
+        "writing": {"train": {"latin": 5}, "validation": {"latin": 3}, "test": {"latin": 4}},
     }
     assert found.duplicates["train"].examples == splits["train"][2:4]
     assert found.leaks["train", "validation"].examples == [Row(("RAIN",), "bad")]
     assert found.conflicts == {("A fine day",): {"good": 3, "bad": 1}}
-    assert found.sentence() == (
+    assert found.sentence({}, 64) == (
         "2 row(s) of train repeat another; 1 row(s) of validation repeat another; 1 row(s) of validation are in train; "
         "2 row(s) of test are in train; 2 row(s) of test are in validation; 1 text(s) have several labels"
     )
@@ -74,10 +77,28 @@ def test_repetitions_by_hand() -> None:
 def test_pairs_are_the_same_if_both_texts_are_and_nothing_is_said_of_clean_data() -> None:
     rows = [Row(("a", "b"), "x"), Row(("b", "a"), "y"), Row(("a b", ""), "z"), Row(("a", "b c"), "x")]
     found = care.examine({"train": rows, "test": []})
-    assert found.sentence() == ""
-    assert found.counts() == {"duplicates": {}, "leaks": {}, "conflicts": 0}
+    assert found.sentence({"train": [64, 3]}, 64) == ""
+    clean: dict[str, Any] = {"duplicates": {}, "leaks": {}, "conflicts": 0, "damaged": {}}
+    assert found.counts() == {**clean, "writing": {"train": {"latin": 4}}}
     unlabelled = care.examine({"train": [Row(("a",)), Row(("A",))]})
-    assert unlabelled.counts() == {"duplicates": {"train": 1}, "leaks": {}, "conflicts": 0}
+    assert unlabelled.counts() == {**clean, "duplicates": {"train": 1}, "writing": {"train": {"latin": 2}}}
+
+
+def test_damage_lengths_and_writing_by_hand() -> None:
+    sound = ["Ça a coûté 3 £ à l’hôtel", "ÂGE D’OR, SÃO PAULO", "two\nlines\tand a tab", "Ünïcödé 🙂"]
+    damaged = ["cafÃ© noir", "it doesnâ€™t", "Â£5 off", "a \ufffd b", "a \x1b[2J b"]
+    others = ["добрый день", "漢字です", "12:30 !", "a да да"]
+    found = care.examine({"train": [Row((text,)) for text in (*sound, *damaged)], "test": [Row((t,)) for t in others]})
+    assert {name: finding.rows for name, finding in found.damaged.items()} == {"train": 5}
+    assert found.damaged["train"].examples == [Row((text,)) for text in damaged[:3]]
+    assert found.writing == {"train": {"latin": 9}, "test": {"cyrillic": 2, "cjk": 1, "no letters": 1}}
+    assert next(iter(found.writing["test"])) == "cyrillic"
+    said = found.sentence({"train": [9, 10, 11], "test": [11, 12]}, 10)
+    assert said == (
+        "5 row(s) of train have damaged characters; 1 row(s) of train have more than 10 tokens; "
+        "2 row(s) of test have more than 10 tokens"
+    )
+    assert "tokens" not in found.sentence({"train": [9, 10, 11]}, None)
 
 
 def test_lengths_are_those_of_whole_rows() -> None:
@@ -120,6 +141,96 @@ def test_scores_of_nothing_but_zero_and_one_have_a_temperature() -> None:
     scores, targets = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), np.array([0, 1, 1])
     assert 0.05 <= calibration.fit_temperature(scores, targets) <= 20
     assert np.isfinite(calibration.tempered(scores, 20)).all()
+
+
+# --- Answers left out, suspected labels, membership ------------------------------------------------------------------
+
+
+def test_precision_by_coverage_by_hand() -> None:
+    """Right, right, wrong, and two with one score: no threshold tells these apart."""
+    answers = [(0.9, True), (0.8, True), (0.7, False), (0.6, True), (0.6, False)]
+    scores = np.array([[score, 1 - score] for score, _ in answers])
+    targets = np.array([0 if right else 1 for _, right in answers])
+    found = calibration.precision_by_coverage(scores, targets)
+    expected = [(1, 3 / 5), (3 / 5, 2 / 3), (2 / 5, 1), (1 / 5, 1)]
+    assert [entry.coverage for entry in found] == pytest.approx([coverage for coverage, _ in expected])
+    assert [entry.precision for entry in found] == pytest.approx([precision for _, precision in expected])
+    assert [entry.threshold for entry in found] == pytest.approx([0.3, 0.65, 0.75, 0.85])
+    assert calibration.abstention(scores, targets, 0.6) == found[0]
+    assert calibration.abstention(scores, targets, 0.65) == found[1]
+    assert calibration.abstention(scores, targets, 1.0) == found[2]
+    assert calibration.abstention(scores[:1], np.array([1]), 0.5) is None
+
+
+def test_labels_that_were_changed_are_suspected() -> None:
+    generator = np.random.default_rng(0)
+    targets = generator.integers(0, 3, 300)
+    scores = np.full((300, 4), 0.02)
+    scores[np.arange(300), targets] = 0.94
+    changed = generator.choice(300, 12, replace=False)
+    given = targets.copy()
+    given[changed] = (given[changed] + 1) % 3
+    names = ["a", "b", "c", "nobody's"]
+    found = label_errors.suspects(scores, given, names)
+    assert sorted(suspect.row for suspect in found) == sorted(changed.tolist())
+    assert all((s.given, s.likely) == (names[given[s.row]], names[targets[s.row]]) for s in found)
+    assert found[0].score == pytest.approx(0.94)
+    assert label_errors.suspects(scores, targets, names) == []
+    assert label_errors.suspects(scores[:10], given[:10], names) == []
+    assert label_errors.suspects(scores, np.zeros(300, dtype=np.int64), names) == []
+
+
+def test_membership_of_rows_that_are_known_by_heart(hostile: Path) -> None:
+    engine = Engine(hostile)
+    rows = rows_of(hostile / "validation.jsonl")
+    found = evaluation.predict(engine, rows)
+    best = [{**row, "target": answer[0]["label"]} for row, answer in zip(rows, found, strict=True)]
+    worst = [{**row, "target": answer[-1]["label"]} for row, answer in zip(rows, found, strict=True)]
+    by_heart = privacy.membership(engine, best, {"validation": worst}, {"validation": found})
+    assert by_heart == {"auc": 1.0, "advantage": 1.0, "rows": len(rows), "validation_rows": len(rows)}
+    splits = {"validation": worst, "test": rows}
+    alike = privacy.membership(engine, rows, splits, dict.fromkeys(splits, found))
+    assert alike == {"auc": 0.5, "advantage": 0.0, "rows": len(rows), "test_rows": len(rows)}
+    assert privacy.membership(engine, [], {}, {}) is None
+
+
+def test_answers_below_the_wished_precision_are_left_out(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """With rows in a fog, of which nobody can tell the label."""
+    fog = [(f"fog {i}", ("sun", "rain")[i % 3 == 0]) for i in range(60)]
+    splits = {"train": [*weather(60), *fog[:40]], "validation": [*weather(60, 60), *fog[40:]]}
+    bundle = train("--wished-precision", 0.95, steps=60, **splits)
+    said = capsys.readouterr().out
+    engine = Engine(bundle)
+    thresholds = engine.settings.options["thresholds"]
+    assert set(thresholds) == {"sun", "rain"}
+    assert len(set(thresholds.values())) == 1
+    rows = rows_of(bundle / "validation.jsonl")
+    asked = [{"inputs": row["inputs"], "parameters": {"threshold": "learned", "top_k": 1}} for row in rows]
+    answered = [(found, row) for found, row in zip(evaluation.predict(engine, asked), rows, strict=True) if found]
+    right = [found[0]["label"] == row["target"] for found, row in answered]
+    assert 20 < len(answered) < len(rows)
+    assert np.mean(right) >= 0.95
+    assert f"{len(answered) / len(rows):.1%} of validation is answered" in said
+    assert f"and {np.mean(right):.1%} of the answers are right" in said
+    page = Page(bundle / "report.html").text
+    assert f"it answers {len(answered) / len(rows):.1%} of validation".replace("%", " %") in " ".join(page.split())
+
+
+def test_a_precision_that_is_never_reached_leaves_nothing_out(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    swapped = [(text, "rain" if label == "sun" else "sun") for text, label in weather(20, 60)]
+    bundle = train("--wished-precision", 0.9, train=weather(60), validation=swapped, steps=60)
+    assert "not even the surest answers to validation reach it" in capsys.readouterr().out
+    assert "thresholds" not in Engine(bundle).settings.options
+
+
+def test_a_wished_precision_that_makes_no_sense(train: Train) -> None:
+    for wished in (0, 1.5):
+        with pytest.raises(UserError, match=r"--wished-precision [\d.]+: give a share up to 1, e\.g\. 0\.95"):
+            train("--wished-precision", wished, train=weather(20))
+    with pytest.raises(UserError, match="--wished-precision: fill-mask has no answers to leave out"):
+        train("--wished-precision", 0.9, "--task", "fill-mask", train=weather(20))
+    with pytest.raises(UserError, match="--wished-precision is for one label of several"):
+        train("--wished-precision", 0.9, train=[(text, i / 7) for i, (text, _) in enumerate(weather(20))])
 
 
 # --- Charts ----------------------------------------------------------------------------------------------------------
@@ -222,9 +333,6 @@ def check(page: Page) -> None:
     assert any(attrs.get("name") == "viewport" for tag, attrs in page.attributes if tag == "meta")
 
 
-Train = Callable[..., Path]
-
-
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Trains a very small model from scratch on rows of (text, label), given by split."""
@@ -294,15 +402,18 @@ def test_what_the_page_shows(hostile: Path) -> None:
     page, metrics = Page(hostile / "report.html"), load(hostile / "metrics.json")
     assert "None was tried yet. ./build_mar.sh --bundle bundle" in page.text
     assert [title.split(":")[0] for title, level in zip(page.titles, page.headings, strict=True) if level < 3] == [
-        *("bundle", "Data", "Learning curves", "Validation", "Test", "Calibration", "Hardest examples"),
+        *("bundle", "Data", "Learning curves", "Validation", "Test", "Calibration", "Leaving answers out"),
+        *("Hardest examples", "Suspected label errors", "Membership"),
         *("Settings of the training", "Candidates for serving", "Golden set", "Environment", "Provenance"),
     ]
-    # Three histograms, two learning curves, two reliability diagrams.
-    assert page.tags["svg"] == 7
-    assert metrics["repetitions"] == {
+    # Three histograms, two learning curves, two reliability diagrams, one of the answers that may be left out.
+    assert page.tags["svg"] == 8
+    assert metrics["findings"] == {
         "duplicates": {"train": 3},
         "leaks": {"train in test": 1, "train in validation": 5},
         "conflicts": 1,
+        "damaged": {"train": 8, "validation": 3},
+        "writing": {"train": {"latin": 131}, "validation": {"latin": 23}, "test": {"latin": 10}},
     }
     assert "Leak: 5 of 23 rows of validation are in train too" in page.titles
     assert "Leak: 1 of 10 rows of test are in train too" in page.titles
@@ -478,8 +589,17 @@ def test_the_same_run_gives_the_same_page_but_for_its_seconds(train: Train) -> N
 def test_a_leak_is_said_while_there_is_time_to_stop(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     train(train=weather(20), validation=weather(10, 20), test=weather(4, 19), steps=1)
     said = capsys.readouterr().out
-    assert "the data repeats itself: 1 row(s) of test are in train; 3 row(s) of test are in validation; report" in said
-    assert said.index("repeats itself") < said.index("from scratch for 1 steps")
+    assert "the data is not clean: 1 row(s) of test are in train; 3 row(s) of test are in validation; report" in said
+    assert said.index("not clean") < said.index("from scratch for 1 steps")
+
+
+def test_strict_stops_at_what_is_not_clean(train: Train) -> None:
+    with pytest.raises(UserError, match=r"--strict: 1 row\(s\) of test are in train; mend the data"):
+        train("--strict", train=weather(20), validation=weather(10, 20), test=weather(1, 19), steps=1)
+    long = [(f"{text} {'and on ' * 40}", label) for text, label in weather(20)]
+    with pytest.raises(UserError, match=r"--strict: 20 row\(s\) of train have more than 64 tokens"):
+        train("--strict", train=long, validation=weather(10, 20), steps=1)
+    assert train("--strict", train=weather(20), validation=weather(10, 20), steps=1).is_dir()
 
 
 # --- The model card --------------------------------------------------------------------------------------------------

@@ -73,6 +73,37 @@ def tempered(scores: NDArray[np.float64], temperature: float) -> NDArray[np.floa
     return np.asarray(softmax(_logits(scores) / temperature, axis=1))
 
 
+@dataclass(frozen=True, slots=True)
+class Abstention:
+    """threshold: the lowest score that is an answer. coverage: share of rows answered; precision: that is right."""
+
+    threshold: float
+    coverage: float
+    precision: float
+
+
+def precision_by_coverage(scores: NDArray[np.float64], targets: NDArray[np.int64]) -> list[Abstention]:
+    """Each threshold that tells rows apart, from the one that answers all rows to the one that answers the surest.
+
+    El-Yaniv and Wiener, "On the Foundations of Noise-free Selective Classification", 2010. Shapes as in `reliability`.
+    """
+    confidence = scores.max(axis=1)
+    order = np.argsort(-confidence, kind="stable")
+    confidence, right = confidence[order], (scores.argmax(axis=1) == targets)[order]
+    precision = right.cumsum() / np.arange(1, len(right) + 1)
+    # Halfway to the next score, so that a score may change a little without changing sides.
+    limits = (confidence + np.append(confidence[1:], 0.0)) / 2
+    ends = np.flatnonzero(np.append(confidence[:-1] > confidence[1:], True))
+    return [
+        Abstention(float(limits[end]), (int(end) + 1) / len(right), float(precision[end])) for end in reversed(ends)
+    ]
+
+
+def abstention(scores: NDArray[np.float64], targets: NDArray[np.int64], wished: float) -> Abstention | None:
+    """The threshold that answers most rows of those with at least the wished precision; None if there is none."""
+    return next((entry for entry in precision_by_coverage(scores, targets) if entry.precision >= wished), None)
+
+
 def _logits(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Logits of probabilities, but for a constant in each row, which changes nothing."""
     return np.asarray(np.log(np.maximum(scores, _SMALLEST)))

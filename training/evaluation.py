@@ -107,18 +107,18 @@ def entity_confusion(
     other_borders = 0
     for targets, entities in zip(expected, found, strict=True):
         for target in targets:
-            best = max(entities, key=lambda entity: _shared(target, entity), default=target)
-            there = best is not target and _shared(target, best) > 0
+            best = max(entities, key=lambda entity: shared_characters(target, entity), default=target)
+            there = best is not target and shared_characters(target, best) > 0
             matrix[places[target["entity_group"]], places[best["entity_group"]] if there else -1] += 1
             if there and best["entity_group"] == target["entity_group"]:
                 other_borders += (best["start"], best["end"]) != (target["start"], target["end"])
         for entity in entities:
-            if not any(_shared(entity, target) for target in targets):
+            if not any(shared_characters(entity, target) for target in targets):
                 matrix[-1, places[entity["entity_group"]]] += 1
     return {"labels": labels, "confusion_matrix": matrix.tolist(), "other_borders": int(other_borders)}
 
 
-def _shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+def shared_characters(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
     """Characters that two entities have in common."""
     return int(max(0, min(one["end"], other["end"]) - max(one["start"], other["start"])))
 

@@ -163,7 +163,7 @@ def _entities(engine: Engine, pairs: Pairs) -> Iterator[_Wrong]:
             if _key(entity) in there:
                 continue
             kind, place = entity["entity_group"], (entity["start"], entity["end"])
-            near = [target for target in targets if _overlap(target, entity)]
+            near = [target for target in targets if evaluation.shared_characters(target, entity)]
             title = f"{kind}, where there is {_NO_ENTITY}: {_short(text[slice(*place)])}"
             if near:
                 other = _short(text[near[0]["start"] : near[0]["end"]])
@@ -172,11 +172,13 @@ def _entities(engine: Engine, pairs: Pairs) -> Iterator[_Wrong]:
             yield _Wrong(
                 example, title, {kind: entity["score"]}, entity["score"], wanted, example["parameters"], [place]
             )
-        lost = [target for target in targets if not any(_overlap(target, entity) for entity in found)]
+        lost = [
+            target for target in targets if not any(evaluation.shared_characters(target, entity) for entity in found)
+        ]
         missed += [(example, target) for target in lost]
     asked = [{"inputs": example["inputs"], "parameters": _EVERY_TOKEN} for example, _ in missed]
     for (example, target), tokens in zip(missed, evaluation.predict(engine, asked), strict=True):
-        scores = [token["score"] for token in tokens if _overlap(target, token)]
+        scores = [token["score"] for token in tokens if evaluation.shared_characters(target, token)]
         score = sum(scores) / len(scores) if scores else 0.0
         place = (target["start"], target["end"])
         title = f"{target['entity_group']}, missed: {_short(example['inputs'][slice(*place)])}"
@@ -262,10 +264,6 @@ def _picture(given: str, entry: Mapping[str, Any]) -> Picture:
 
 def _key(entity: Mapping[str, Any]) -> tuple[Any, ...]:
     return entity["entity_group"], entity["start"], entity["end"]
-
-
-def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return bool(one["start"] < other["end"] and other["start"] < one["end"])
 
 
 def _among(place: Place, marks: Sequence[Place]) -> bool:

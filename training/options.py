@@ -120,6 +120,17 @@ class Options:
             "and where the extent is given"
         },
     )
+    wished_precision: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of right answers that is wished for, e.g. 0.95: finds the score below which a model of one "
+            'label rather gives no answer, for requests with "threshold": "learned"'
+        },
+    )
+    strict: bool = field(
+        default=False,
+        metadata={"help": "stop where rows repeat, leak, contradict each other, are damaged or too long"},
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace a bundle that is already in --output-dir"})
 
     def __post_init__(self) -> None:

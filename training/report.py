@@ -17,7 +17,7 @@ from handler import golden
 from handler.engine import Engine
 from handler.tasks.media_classification import MediaClassification
 from handler.tasks.text_classification import TextClassification
-from training import calibration, care, evaluation, mistakes
+from training import calibration, care, evaluation, label_errors, mistakes
 from training.calibration import Bin
 from training.charts import Points, Scale, chart, scale
 from training.templating import render
@@ -25,6 +25,7 @@ from training.templating import render
 # Labels of which a confusion matrix is shown whole, pairs that are shown of a larger one, and curves of thresholds.
 _MATRIX, _PAIRS, _CURVES = 20, 15, 6
 _HISTOGRAM_BARS = 24
+_SUSPECTS = 20
 _THRESHOLDS = np.linspace(0.02, 0.98, 49)
 # Names that the Hugging Face hub has for metrics, where they differ from ours.
 _HUB_METRICS = {"macro_f1": "f1"}
@@ -88,6 +89,7 @@ def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str,
         matrix=_MATRIX,
         confused={split: _confused(entry.get("entity_confusion", entry)) for split, entry in metrics["splits"].items()},
         **_answers(evidence, metrics["labels"]),
+        membership=metrics.get("membership"),
         golden=_golden(stage, evidence),
         provenance=provenance,
         facts=list(_flat({key: value for key, value in provenance.items() if key not in ("versions", "machine")})),
@@ -180,30 +182,34 @@ def _answers(evidence: Evidence, labels: Sequence[str]) -> dict[str, Any]:
         # A regression has numbers.
         splits = {split: rows for split, rows in evidence.examples.items() if isinstance(rows[0]["target"], str)}
         applied = engine.settings.options.get("temperature")
-        answers["calibration"] = _calibration(splits, evidence.predictions, labels, applied)
+        tables = _tables(splits, evidence.predictions, labels)
+        answers["calibration"] = _calibration(tables, applied)
+        answers["coverage"] = _coverage(tables, engine.settings.options.get("thresholds"))
+        answers["suspects"] = _suspects(splits if isinstance(engine.task, TextClassification) else {}, tables, labels)
     if known:
         answers["mistakes"] = mistakes.hardest(engine, known, predictions)
     return answers
 
 
-def _calibration(
-    examples: Mapping[str, Sequence[Mapping[str, Any]]],
-    predictions: Mapping[str, Sequence[Any]],
-    labels: Sequence[str],
-    applied: float | None,
-) -> dict[str, Any]:
+Table = tuple[NDArray[np.float64], NDArray[np.int64]]
+
+
+def _tables(
+    examples: Mapping[str, Sequence[Mapping[str, Any]]], predictions: Mapping[str, Sequence[Any]], labels: Sequence[str]
+) -> dict[str, Table]:
+    """Of each split the scores [rows, labels] and the indices of the true labels [rows]."""
+    places = {label: index for index, label in enumerate(labels)}
+    return {
+        split: (evaluation.score_table(predictions[split], labels), np.array([places[row["target"]] for row in rows]))
+        for split, rows in examples.items()
+    }
+
+
+def _calibration(tables: Mapping[str, Table], applied: float | None) -> dict[str, Any]:
     """Of each split a reliability diagram and its error; the error, too, without the model's temperature, or with one.
 
     temperature: the one that training has applied; of a model that has none, what validation gives.
     """
-    places = {label: index for index, label in enumerate(labels)}
-    tables = {
-        split: (
-            evaluation.score_table(predictions[split], labels),
-            np.array([places[row["target"]] for row in rows]),
-        )
-        for split, rows in examples.items()
-    }
     temperature = applied
     if temperature is None and "validation" in tables:
         temperature = calibration.fit_temperature(*tables["validation"])
@@ -220,6 +226,49 @@ def _calibration(
             other = calibration.tempered(scores, temperature if applied is None else 1 / applied)
             found[split]["other"] = calibration.expected_error(calibration.reliability(other, targets))
     return {"temperature": temperature, "applied": applied is not None, "splits": found}
+
+
+def _coverage(tables: Mapping[str, Table], thresholds: Mapping[str, float] | None) -> dict[str, Any]:
+    """Precision against the share of rows that are answered, and what the model's threshold is worth if it has one."""
+    curves = {split: calibration.precision_by_coverage(*table) for split, table in tables.items()}
+    lines = {split: [(entry.coverage, entry.precision) for entry in curve] for split, curve in curves.items()}
+    lowest = min((precision for points in lines.values() for _, precision in points), default=0.0)
+    axes = (Scale("share of rows that are answered", 0, 1), scale("share of right answers", [lowest, 1.0]))
+    shown: dict[str, Any] = {"chart": chart("right answers by the share of rows answered", *axes, lines=lines)}
+    if thresholds:
+        shown["threshold"] = threshold = max(thresholds.values())
+        shown["splits"] = {
+            split: {
+                "coverage": float((sure := scores.max(axis=1) >= threshold).mean()),
+                "precision": float((scores.argmax(axis=1) == targets)[sure].mean()) if sure.any() else nan,
+            }
+            for split, (scores, targets) in tables.items()
+        }
+    return shown
+
+
+def _suspects(
+    examples: Mapping[str, Sequence[Mapping[str, Any]]], tables: Mapping[str, Table], labels: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Of each split rows that are probably mislabelled: how many, and the first with their texts, if they are such.
+
+    examples: {} for files.
+    """
+    found = {split: label_errors.suspects(*table, labels) for split, table in tables.items()}
+    return {
+        split: {
+            "count": len(rows),
+            "first": [
+                (row, _words(examples[split][row.row]["inputs"]) if examples else ()) for row in rows[:_SUSPECTS]
+            ],
+        }
+        for split, rows in found.items()
+    }
+
+
+def _words(value: Any) -> list[str]:
+    """A text, or both of a pair."""
+    return [value] if isinstance(value, str) else list(value.values())
 
 
 def _reliability(split: str, bins: Sequence[Bin]) -> Markup:

@@ -23,7 +23,9 @@ class TextClassificationParameters(CommonParameters):
     """top_k: keep the k most probable labels (None: all). function_to_apply: instead of the model's own activation.
 
     threshold: keep the labels with at least this score; "learned", for a model of several labels: each by the threshold
-    that training found for it, or 0.5. Absent, all labels are answered, as the pipeline of transformers does.
+    that training found for it, or 0.5, for one of a single label: those above the score from which on it is as often
+    right as was wished for, so that an answer may be empty. Absent, all labels are answered, as the pipeline of
+    transformers does.
     temperature: the logits are divided by it instead of by what training found to make scores probabilities; 1: raw.
     """
 
@@ -36,7 +38,8 @@ class TextClassificationParameters(CommonParameters):
 class TextClassification(EncoderTask):
     """Activation follows the model: softmax for single-label, sigmoid for multi-label, none for regression.
 
-    Options of the archive: `thresholds`, a score by label; multi-label training writes it. `temperature`: what training
+    Options of the archive: `thresholds`, a score by label; training writes it for several labels, and for one with
+    --wished-precision. `temperature`: what training
     has divided the head's weights by, so that the scores of a single label are probabilities.
     """
 

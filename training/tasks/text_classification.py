@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
+from numpy.typing import NDArray
 from scipy.special import softmax
 from torch import nn
 from transformers import (
@@ -105,6 +106,8 @@ class TextClassification(TrainingTask):
         assert splits.train is not None
         columns = labelled_texts.text_columns(splits.train)
         kind = labelled_texts.problem(splits.train)
+        if options.wished_precision is not None and kind != SINGLE:
+            raise UserError("--wished-precision is for one label of several, which these rows do not have")
         mean, deviation = _scale(splits.train, _head(model)) if kind == REGRESSION else (0.0, 1.0)
         if options.teacher and kind == REGRESSION:
             raise UserError("--teacher: a number is not learnt from one; leave it out")
@@ -158,7 +161,11 @@ class TextClassification(TrainingTask):
         if kind == SINGLE:
             temperature = round(calibration.fit_temperature(softmax(logits, axis=1), np.asarray(found.label_ids)), 4)
             _rescale(head, 1 / temperature, 0.0)
-            return {"options": {"temperature": temperature}}
+            learned: dict[str, Any] = {"temperature": temperature}
+            if options.wished_precision is not None:
+                scores = softmax(logits / temperature, axis=1)
+                learned |= _abstention(scores, np.asarray(found.label_ids), options.wished_precision, splits.labels)
+            return {"options": learned}
         scores = activate(logits, "sigmoid")
         thresholds = evaluation.best_thresholds(scores, np.asarray(found.label_ids))
         return {"options": {"thresholds": dict(zip(splits.labels, thresholds, strict=True))}}
@@ -234,6 +241,21 @@ def _prepare_head(model: PreTrainedModel, rows: Dataset, *, fresh: bool, balance
     elif fresh and not balanced:
         counts = np.bincount(rows["label"][:], minlength=head.out_features)
         models.set_bias(head, np.log((counts + 0.5) / len(rows)))
+
+
+def _abstention(
+    scores: NDArray[np.float64], targets: NDArray[np.int64], wished: float, labels: Sequence[str]
+) -> dict[str, Any]:
+    """One threshold for all labels, and what it is worth on validation; says so, too."""
+    found = calibration.abstention(scores, targets, wished)
+    if found is None:
+        print(f"--wished-precision {wished:g}: not even the surest answers to validation reach it; none is left out")
+        return {}
+    print(
+        f'with "threshold": "learned" {found.coverage:.1%} of validation is answered, where the score is at least '
+        f"{found.threshold:.3f}, and {found.precision:.1%} of the answers are right"
+    )
+    return {"thresholds": dict.fromkeys(labels, round(found.threshold, 6))}
 
 
 def _head(model: Any) -> nn.Linear:
