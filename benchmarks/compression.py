@@ -144,7 +144,7 @@ def table(found: Mapping[str, Any]) -> str:
     where = found["machine"]
     lines += [
         "",
-        f"{found['rows']} rows of SST-2 to train on, four epochs, one seed. {where['processor']}, {where['cpus']} CPUs.",
+        f"{found['rows']} rows of SST-2, four epochs, one seed. {where['processor']}, {where['cpus']} CPUs.",
     ]
     return "\n".join(lines)
 
