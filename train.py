@@ -54,7 +54,7 @@ def main() -> None:
     checkpoints = place.with_name(f"{place.name}.checkpoints")
     arguments.output_dir = str(checkpoints)
     resumed = checkpoint_to_resume(arguments, checkpoints)
-    base = base_model.resolve(options.base_model, options.from_scratch)
+    base = base_model.resolve(options.base_model, options.from_scratch, options.layers)
     speak = partial(print, flush=True) if arguments.process_index == 0 else _silent
 
     transformers.set_seed(arguments.seed)

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import train
 from archiver.__main__ import parse as build
-from benchmarks import bulk, explanations, quality, training
+from benchmarks import bulk, compression, explanations, quality, training
 from benchmarks.fault_injection.__main__ import parse as faults
 from benchmarks.speed.__main__ import parse as bench
 from console.__main__ import parser as console
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Parse] = {
     "benchmarks/explanations": explanations.parse,
     "benchmarks/bulk": bulk.parse,
     "benchmarks/training": training.parse,
+    "benchmarks/compression": compression.parse,
     "scripts/console": console().parse_args,
     "marble": marble().parse_args,
 }

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from training import scratch
@@ -23,6 +23,7 @@ class BaseModel:
     """location: what `from_pretrained` takes; name: what reports call it; sha256: of local weights, else None.
 
     spec: the model to build where there are no weights to start from; `location` is empty then.
+    option: the one that named it, for messages. layers: how many of its own to keep, all if None.
     """
 
     location: str
@@ -30,6 +31,8 @@ class BaseModel:
     sha256: str | None
     licence: str | None
     spec: scratch.Spec | None = None
+    option: str = "--base-model"
+    layers: int | None = None
 
     def labels(self) -> list[str]:
         """Label names of its own head, in class order. Raises UserError if it has none that mean anything."""
@@ -46,8 +49,10 @@ class BaseModel:
             ) from None
 
 
-def resolve(choice: str | None, from_scratch: str | None = None) -> BaseModel:
+def resolve(choice: str | None, from_scratch: str | None = None, layers: int | None = None) -> BaseModel:
     """The base model named by `--base-model`, the one that `--from-scratch` describes, or else the bundled MiniLM.
+
+    layers: as in `BaseModel`.
 
     Raises UserError if both are given, the specification is wrong, the bundled weights are missing or have another
     digest, or a local folder is no model.
@@ -56,15 +61,12 @@ def resolve(choice: str | None, from_scratch: str | None = None) -> BaseModel:
         if choice is not None:
             raise UserError("--base-model and --from-scratch exclude each other: weights are either there or random")
         spec = scratch.parse_spec(from_scratch)
-        return BaseModel("", f"{spec.model_type} from scratch", None, None, spec)
+        return BaseModel("", f"{spec.model_type} from scratch", None, None, spec, "--from-scratch")
     if choice is None:
-        return _bundled()
-    folder = Path(choice)
-    if folder.is_dir():
-        return _local(folder)
-    if choice.count("/") > 1 or choice.startswith((".", "/", "~")):
-        raise UserError(f"--base-model {choice}: there is no such folder")
-    return BaseModel(choice, choice, None, None)
+        return replace(_bundled(), layers=layers)
+    if not Path(choice).is_dir() and choice.count("/") < 2 and not choice.startswith((".", "/", "~")):
+        return BaseModel(choice, choice, None, None, layers=layers)
+    return replace(local(Path(choice)), layers=layers)
 
 
 def _bundled() -> BaseModel:
@@ -85,18 +87,19 @@ def _bundled() -> BaseModel:
     return BaseModel(str(folder), BUNDLED_NAME, found, "apache-2.0")
 
 
-def _local(folder: Path) -> BaseModel:
+def local(folder: Path, option: str = "--base-model") -> BaseModel:
+    """The model in a folder that `option` names. Raises UserError if there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{option} {folder}: there is no such folder")
     if not any((folder / name).is_file() for name in ("config.json", "model_index.json")):
-        raise UserError(
-            f"--base-model {folder}: there is no config.json in it; name a folder that save_pretrained wrote"
-        )
+        raise UserError(f"{option} {folder}: there is no config.json in it; name a folder that save_pretrained wrote")
     digest = weights_sha256(folder)
     if digest is None:
         raise UserError(
-            f"--base-model {folder}: there are no .safetensors weights in it; pickled weights are not loaded: "
+            f"{option} {folder}: there are no .safetensors weights in it; pickled weights are not loaded: "
             "load and save the model once with a current transformers to convert them"
         )
-    return BaseModel(str(folder), folder.resolve().name, digest, None)
+    return BaseModel(str(folder), folder.resolve().name, digest, None, option=option)
 
 
 def weights_sha256(folder: Path) -> str | None:

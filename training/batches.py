@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 _MULTIPLE = 8  # of which matrix products like their sides
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+TAUGHT = "teacher"  # the column of a teacher's logits: see training/distillation.py
 # Batches that are sorted by length together. More leave less padding, fewer mix the texts better.
 _POOL = 50
 
@@ -22,13 +23,15 @@ Row = dict[str, Any]
 class TokenRows(TorchDataset[Row]):
     """The rows of a tokenized data set as numpy arrays: views of its Arrow memory, which may be a mapped file.
 
-    rows: `input_ids`, and what else a model takes: numbers, or lists of them. lengths: tokens of each row, int64.
+    rows: `input_ids`, and what else a model takes: numbers, or lists of them. taught: a teacher's logits of each row,
+    [labels] or [tokens, labels]. lengths: tokens of each row, int64.
     """
 
-    def __init__(self, rows: Dataset) -> None:
+    def __init__(self, rows: Dataset, taught: Sequence[NDArray[np.float32]] | None = None) -> None:
         table: pa.Table = rows.with_format("arrow")[:]
-        self._columns = {name: _Column(table[name]) for name in table.column_names}
-        self.lengths = self._columns["input_ids"].lengths()
+        columns = {name: _Column(table[name]) for name in table.column_names}
+        self.lengths = columns["input_ids"].lengths()
+        self._columns: dict[str, Any] = columns | ({} if taught is None else {TAUGHT: taught})
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -63,6 +66,8 @@ class _Column:
 class Padding:
     """Makes a batch of rows: int64 [rows, tokens], padded on the tokenizer's side, and int64 or float32 [rows, …].
 
+    A teacher's logits of tokens are padded as these are, float32 [rows, tokens, labels].
+
     labelled_tokens: whether each token has one of the `labels`.
     """
 
@@ -84,6 +89,10 @@ class Padding:
             values = [row[name] for row in rows]
             if name in self._pad:
                 batch[name] = np.full(mask.shape, self._pad[name], dtype=np.int64)
+                for row, place in enumerate(places):
+                    batch[name][row, place] = values[row]
+            elif name == TAUGHT and values[0].ndim > 1:
+                batch[name] = np.zeros((*mask.shape, values[0].shape[1]), dtype=np.float32)
                 for row, place in enumerate(places):
                     batch[name][row, place] = values[row]
             else:

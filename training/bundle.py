@@ -155,6 +155,7 @@ def provenance(
             if name in digests or path.is_file()
         },
         "base_model": {"name": base.name, "sha256": base.sha256, "licence": base.licence},
+        **({"teacher": _teacher(Path(arguments["teacher"]))} if arguments.get("teacher") else {}),
         "weights_sha256": weights_sha256(stage),
         "code": {"commit": _commit(), "sha256": _code_digest()},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -166,6 +167,11 @@ def provenance(
             "threads": threads,
         },
     }
+
+
+def _teacher(folder: Path) -> dict[str, str | None]:
+    """The model that was learnt from."""
+    return {"name": folder.resolve().name, "sha256": weights_sha256(folder)}
 
 
 def _commit() -> str | None:

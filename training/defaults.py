@@ -23,6 +23,9 @@ REASONS = {
     "lr_scheduler_type": "the last steps are the smallest",
     "max_grad_norm": "one odd batch must not spoil the weights",
     "class_weights": "only without them are scores probabilities",
+    "layers": "all of the base model's",
+    "teacher": "the labels are what is to be learnt",
+    "lora": "all weights learn, which small models have the memory for",
 }
 GIVEN = "as asked for"
 # Rows of an optimiser step, and why.
@@ -68,9 +71,7 @@ def fill(options: "Options", arguments: "TrainerOptions") -> None:
     """Chooses what was not given, but for the epochs; the reasons go to `arguments.reasons`."""
     reasons = arguments.reasons
     if arguments.learning_rate is None:
-        scratch = options.from_scratch is not None
-        arguments.learning_rate = 1e-3 if scratch else 1e-4
-        reasons["learning_rate"] = "random weights are far from good ones" if scratch else "usual for small encoders"
+        arguments.learning_rate, reasons["learning_rate"] = _learning_rate(options)
     if options.early_stopping_patience is None:
         asked = arguments.num_train_epochs is not None or arguments.max_steps > 0
         why = {
@@ -89,6 +90,15 @@ def fill(options: "Options", arguments: "TrainerOptions") -> None:
     if options.attention_dropout is None:
         options.attention_dropout = 0.0 if on_cpu else None
         reasons["attention_dropout"] = "on a CPU it costs more than attention itself" if on_cpu else "the model's own"
+
+
+def _learning_rate(options: "Options") -> tuple[float, str]:
+    """The peak learning rate, and why."""
+    if options.from_scratch is not None:
+        return 1e-3, "random weights are far from good ones"
+    if options.lora is not None:
+        return 1e-3, "adapters take ten times the rate of all weights"
+    return 1e-4, "usual for small encoders"
 
 
 def fill_epochs(arguments: "TrainerOptions", rows: int) -> None:

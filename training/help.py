@@ -14,6 +14,7 @@ _EXAMPLES = """examples:
       --output-dir artifacts/entities --num-train-epochs 4 --learning-rate 2e-4
   python train.py --task image-classification --from-scratch resnet --train-file images/ --output-dir artifacts/digits
   python train.py --task sentence-similarity --base-model models/bge-small --output-dir artifacts/similar
+  python train.py --train-file reviews.csv --output-dir artifacts/small --layers 3 --teacher artifacts/reviews
   torchrun --nproc-per-node 2 train.py --train-file reviews.csv --output-dir artifacts/reviews"""
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from training import scratch
+from training import layers, scratch
 from training.base_model import BaseModel
 from training.errors import UserError
 from training.options import Options
@@ -44,7 +44,7 @@ def load(
         body = f"{model.base_model_prefix}."
         if misfits := [str(name) for name, *_ in report["mismatched_keys"] if str(name).startswith(body)]:
             raise ValueError(f"its weights do not fit its config.json: {misfits[0]}")
-    return model  # type: ignore[no-any-return]  # transformers' Auto classes are untyped
+    return model if base.layers is None else layers.keep(model, base.layers)
 
 
 def load_tokenizer(base: BaseModel, purpose: str, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
@@ -57,11 +57,11 @@ def load_tokenizer(base: BaseModel, purpose: str, texts: Iterable[str] = ()) -> 
     with loading(base, purpose):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.location, trust_remote_code=False)
     if not tokenizer.is_fast:
-        raise UserError(f"--base-model {base.name}: its tokenizer has no tokenizer.json, which serving needs")
+        raise UserError(f"{base.option} {base.name}: its tokenizer has no tokenizer.json, which serving needs")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token  # as is usual with GPT-2, which has no padding token
     if tokenizer.pad_token_id is None:
-        raise UserError(f"--base-model {base.name}: its tokenizer has no padding token; set one and save it first")
+        raise UserError(f"{base.option} {base.name}: its tokenizer has no padding token; set one and save it first")
     return tokenizer
 
 
@@ -72,8 +72,7 @@ def loading(base: BaseModel, purpose: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        option = "--base-model" if base.spec is None else "--from-scratch"
-        raise UserError(f"{option} {base.name}: cannot be loaded as {purpose}: {reason}") from error
+        raise UserError(f"{base.option} {base.name}: cannot be loaded as {purpose}: {reason}") from error
 
 
 def attention(options: Options) -> dict[str, Any]:

@@ -39,6 +39,23 @@ class Options:
             "weights start at random, and a tokenizer is trained on the texts"
         },
     )
+    layers: int | None = field(
+        default=None,
+        metadata={"help": "of the base model to keep, evenly spaced, the first and the last among them; all if absent"},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of a fine-tuned model, of the same task and labels, to learn from besides the labels"
+        },
+    )
+    lora: int | None = field(
+        default=None,
+        metadata={
+            "help": "rank of adapters (LoRA), e.g. 8, that learn in place of the base model's weights and are added to "
+            "these in the end"
+        },
+    )
     text_column: str = field(default="text", metadata={"help": "column of the texts"})
     text_pair_column: str | None = field(
         default=None, metadata={"help": "column of the second texts of pairs; found by its name if it has a usual one"}
@@ -127,6 +144,20 @@ class Options:
     )
     overwrite: bool = field(default=False, metadata={"help": "replace a bundle that is already in --output-dir"})
 
+    def __post_init__(self) -> None:
+        """Raises UserError for what cannot be, or not together."""
+        for name in ("layers", "lora"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: give 1 or more, e.g. {8 if name == 'lora' else 3}")
+            if value is not None and self.from_scratch is not None:
+                raise UserError(
+                    f"--{name} needs a base model: weights from scratch have learnt nothing that could be kept"
+                )
+        for name in ("layers", "teacher", "lora"):
+            if getattr(self, name) is not None and self.train_file is None:
+                raise UserError(f"--{name} needs a --train-file: without one nothing is learnt")
+
     def files(self) -> dict[str, Path]:
         """The data files that were given, by split."""
         given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
@@ -139,7 +170,8 @@ class TrainerOptions(TrainingArguments):
 
     output_dir: str | None = field(default=None, metadata={"help": "folder to write the bundle to"})
     learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "peak learning rate of AdamW; if absent 1e-4, from scratch 1e-3"}
+        default=None,
+        metadata={"help": "peak learning rate of AdamW; if absent 1e-4, from scratch and with --lora 1e-3"},
     )
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None,

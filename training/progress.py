@@ -20,8 +20,14 @@ class Steps(TrainerCallback):
         self._bar: Any = None
         self._last_line = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         self._last_line = time.monotonic()
+        sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+        if state.is_world_process_zero and not all(learns for _, learns in sizes):
+            everything, learning = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+            print(f"  {learning:,} of {everything:,} weights learn", flush=True)
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 

@@ -10,19 +10,46 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_pt_utils import nested_concat
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from training.batches import IGNORED, LengthBuckets, LongestFirst, TokenRows, parts
+from training import adapters, distillation
+from training.batches import IGNORED, TAUGHT, LengthBuckets, LongestFirst, TokenRows, parts
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.progress import Progress
 
 
 class SafeTrainer(Trainer):
-    """Stops before gradients that are no numbers get into the weights; those of a loss that is none are none."""
+    """Stops before gradients that are no numbers get into the weights; those of a loss that is none are none.
+
+    A model with adapters (LoRA) is an ordinary one when the training is done.
+    """
+
+    def train(self, *arguments: Any, **more: Any) -> Any:
+        """As Trainer's; adapters are added to the weights then."""
+        done = super().train(*arguments, **more)
+        adapters.merge(self.model)
+        return done
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As Trainer's. Of a model with adapters it saves what learns; without a config nobody takes it for a model."""
+        learnt = adapters.learnt(self.model)
+        if learnt is None:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            place = Path(output_dir or str(self.args.output_dir))
+            place.mkdir(parents=True, exist_ok=True)
+            save_file({name: weight.contiguous() for name, weight in learnt.items()}, place / SAFE_WEIGHTS_NAME)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As Trainer's, but for the frozen weights, which a checkpoint with adapters leaves out."""
+        if load_result.unexpected_keys or adapters.learnt(self.model) is None:
+            super()._issue_warnings_after_load(load_result)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
@@ -41,7 +68,8 @@ class TokenTrainer(SafeTrainer):
     """Takes `TokenRows` in batches of like length, and a batch of too many tokens in parts.
 
     A step's loss is the mean over its examples, or over its labelled tokens, however they are spread over parts,
-    accumulated batches and processes. Evaluation begins with the longest rows.
+    accumulated batches and processes. Evaluation begins with the longest rows. Where rows have a teacher's logits, half
+    of the loss is how far the model is from these.
 
     most_tokens: of one forward pass, padding included.
     """
@@ -62,6 +90,23 @@ class TokenTrainer(SafeTrainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
         return LongestFirst(eval_dataset.lengths)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        assert self._signature_columns is not None
+        if TAUGHT not in self._signature_columns:
+            self._signature_columns.append(TAUGHT)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, *arguments: Any, **more: Any
+    ) -> Any:
+        """As Trainer's; the mean of it and of the distance from the teacher, if there is one."""
+        teacher, labels = inputs.pop(TAUGHT, None), inputs.get("labels")
+        if teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, *arguments, **more)
+        loss, outputs = super().compute_loss(model, inputs, True, *arguments, **more)
+        loss = (loss + distillation.loss(outputs["logits"], teacher, labels)) / 2
+        return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """As Trainer's, with the items of the batches of all processes."""
@@ -140,6 +185,10 @@ def build(
     """A Trainer with our progress output and early stopping; `more` goes to the Trainer as it is."""
     if options.class_weights and "compute_loss_func" not in more:
         raise UserError("--class-weights: this task does not have one label for each row to weigh")
+    if options.teacher and not (isinstance(train, TokenRows) and TAUGHT in train[0]):
+        raise UserError("--teacher: only classifiers of texts, pairs and tokens learn from one; leave it out")
+    if options.lora is not None:
+        adapters.add(model, options.lora)
     callbacks: list[Any] = [Progress()]
     if options.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))

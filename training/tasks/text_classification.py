@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from handler.tasks.text_classification import activate
-from training import calibration, data, evaluation, labelled_texts, models, trainer
+from training import calibration, data, distillation, evaluation, labelled_texts, models, trainer
 from training.base_model import BaseModel
 from training.batches import Padding, TokenRows
 from training.care import Row
@@ -109,6 +109,11 @@ class TextClassification(TrainingTask):
         if options.wished_precision is not None and kind != SINGLE:
             raise UserError("--wished-precision is for one label of several, which these rows do not have")
         mean, deviation = _scale(splits.train, _head(model)) if kind == REGRESSION else (0.0, 1.0)
+        if options.teacher and kind == REGRESSION:
+            raise UserError("--teacher: a number is not learnt from one; leave it out")
+        teacher = distillation.load_teacher(
+            options, arguments, AutoModelForSequenceClassification, self.purpose, splits.labels, several=kind == MULTI
+        )
 
         def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
             texts = [batch[name] for name in columns]
@@ -117,18 +122,21 @@ class TextClassification(TrainingTask):
                 encoded["label"] = [(value - mean) / deviation for value in batch["label"]]
             return dict(encoded)
 
-        def features(rows: Dataset | None) -> TokenRows | None:
+        def features(rows: Dataset | None, teacher: distillation.Teacher | None = None) -> TokenRows | None:
             if rows is None:
                 return None
             tokenized = rows.map(tokenize, batched=True, remove_columns=columns, keep_in_memory=True)
-            return TokenRows(tokenized.rename_column("label", "labels"))
+            tokenized = tokenized.rename_column("label", "labels")
+            if teacher is None:
+                return TokenRows(tokenized)
+            return TokenRows(tokenized, teacher.judge_texts(rows, columns, settings["max_length"]))
 
         return trainer.build(
             model,
             processor,
             arguments,
             options,
-            train=features(splits.train),
+            train=features(splits.train, teacher),
             validation=features(splits.validation),
             collator=Padding(processor),
             metrics=_METRICS[kind],

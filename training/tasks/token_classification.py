@@ -25,7 +25,7 @@ from transformers import (
     Trainer,
 )
 
-from training import data, evaluation, models, trainer
+from training import data, distillation, evaluation, models, trainer
 from training.base_model import BaseModel
 from training.batches import IGNORED, Padding, TokenRows
 from training.care import Row
@@ -121,7 +121,13 @@ class TokenClassification(TrainingTask):
         settings: Mapping[str, Any],
     ) -> Trainer:
         """A Trainer over the windows of the sentences."""
+        assert splits.train is not None
         ids = {label: index for index, label in enumerate(splits.labels)}
+        teacher = distillation.load_teacher(
+            options, arguments, AutoModelForTokenClassification, "a token classifier", splits.labels
+        )
+        if teacher:
+            teacher.check_tokenizer(processor, list(map(" ".join, splits.train["tokens"])))
 
         def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
             encoded = processor(
@@ -141,12 +147,15 @@ class TokenClassification(TrainingTask):
                 labels.append([IGNORED if tag is None else ids[tag] for tag in tags])
             return {**encoded, "labels": labels}
 
-        def features(rows: Dataset | None) -> TokenRows | None:
+        def features(rows: Dataset | None, teacher: distillation.Teacher | None = None) -> TokenRows | None:
             if rows is None:
                 return None
             windows = rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
             # A window that is all one long word's, whose label is in another, teaches nothing; its loss is no number.
-            return TokenRows(windows.filter(_has_label, input_columns="labels", keep_in_memory=True))
+            windows = windows.filter(_has_label, input_columns="labels", keep_in_memory=True)
+            if teacher is None:
+                return TokenRows(windows)
+            return TokenRows(windows, teacher.judge_tokens(windows.remove_columns("labels"), settings["max_length"]))
 
         def metrics(prediction: EvalPrediction) -> dict[str, float]:
             expected, found = _sequences(prediction, splits.labels)
@@ -161,7 +170,7 @@ class TokenClassification(TrainingTask):
             processor,
             arguments,
             options,
-            train=features(splits.train),
+            train=features(splits.train, teacher),
             validation=features(splits.validation),
             collator=Padding(processor, labelled_tokens=True),
             metrics=metrics,
