@@ -233,6 +233,15 @@ def test_a_search_without_a_best_epoch_judges_the_last(small: Path, base: Path, 
     assert metrics["epochs"][-1]["eval_macro_f1"] == max(trial["value"] for trial in metrics["search"])
 
 
+def test_trials_have_adapters_if_the_training_has(small: Path, base: Path, tmp_path: Path) -> None:
+    place = tmp_path / "bundle"
+    given = ("--num-train-epochs", 2, "--per-device-train-batch-size", 8, "--lora", 2, *BY_LOSS)
+    printed = train(small, place, base, "--search", 2, *given)
+    metrics = load(place / "metrics.json")
+    assert min(entry["eval_loss"] for entry in metrics["epochs"]) == min(trial["value"] for trial in metrics["search"])
+    assert re.search(r"^  [\d,]+ of [\d,]+ weights learn$", printed, re.M)
+
+
 def test_charts_of_few_and_of_failed_trials() -> None:
     one = {"parameters": {"learning_rate": 1e-4}, "value": 0.5, "state": "complete", "seconds": 1.0}
     lost = {"parameters": {"learning_rate": 1e-3}, "value": None, "state": "failed", "seconds": 1.0}
