@@ -23,7 +23,20 @@ import transformers
 from datasets import ClassLabel
 
 from handler.engine import Engine
-from training import base_model, bundle, care, defaults, evaluation, help, privacy, report, tasks
+from training import (
+    base_model,
+    bundle,
+    care,
+    defaults,
+    evaluation,
+    folds,
+    help,
+    privacy,
+    report,
+    resuming,
+    search,
+    tasks,
+)
 from training.errors import UserError
 from training.interrupts import INTERRUPTED, end_if_interrupted, remembered
 from training.options import Options, TrainerOptions
@@ -61,6 +74,8 @@ def main() -> None:
         if options.strict:
             raise UserError(f"--strict: {found}; mend the data, or leave --strict out for a report of which rows")
         speak(f"the data is not clean: {found}; report.html shows which")
+    before = search.run(task, base, splits, options, arguments, speak)
+    before |= folds.run(task, base, splits, options, arguments, speak)
     history: dict[str, Any] = {}
     if splits.train is None:
         speak(f"no --train-file: {base.name} is bundled as it is")
@@ -130,6 +145,7 @@ def main() -> None:
                     for name, rows in examples.items()
                 },
                 "membership": privacy.membership(engine, trained_on, examples, predictions),
+                **before,
                 **history,
             }
             bundle.write_json(stage, "metrics.json", metrics)
@@ -177,6 +193,8 @@ def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
     if options.most_tokens < 1:
         raise UserError(f"--most-tokens {options.most_tokens}: give 1 or more, e.g. 8192")
     defaults.fill(options, arguments)
+    search.check(options, arguments)
+    folds.check(options)
     return options, arguments
 
 
@@ -189,6 +207,8 @@ def checkpoint_to_resume(arguments: TrainerOptions, checkpoints: Path) -> str | 
     if wanted.lower() == "true":
         # The Trainer writes this file last: a checkpoint without it was cut off.
         whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+        if not whole and any((checkpoints / name).exists() for name in (resuming.SEARCH, resuming.FOLDS)):
+            return None  # what came before the training goes on
         if not whole:
             raise UserError(f"--resume-from-checkpoint: there is no checkpoint in {checkpoints}; start without it")
         found = str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2])))

@@ -31,7 +31,7 @@ class Scale:
         power = 10 ** floor(log10(span / 5))
         step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 5)
         first = -int(-self.low // step)
-        return [round(number * step, 10) for number in range(first, int(self.high / step + 1e-9) + 1)]
+        return [round(number * step, 10) for number in range(first, floor(self.high / step + 1e-9) + 1)]
 
 
 def scale(title: str, values: Sequence[float]) -> Scale:
@@ -48,10 +48,12 @@ def chart(
     lines: Mapping[str, Points] = MappingProxyType({}),
     bars: Sequence[tuple[float, float, float]] = (),
     rule: tuple[float, float, float, float] | None = None,
+    joined: bool = True,
 ) -> Markup:
     """One chart as a `<figure>`.
 
-    lines: at most four, by name. bars: (from, to, height). rule: a thin line from (x, y) to (x, y) to compare with.
+    lines: at most four, by name; unless `joined`, their points alone. bars: (from, to, height). rule: a thin line from
+    (x, y) to (x, y) to compare with.
     """
 
     def left(value: float) -> float:
@@ -77,8 +79,9 @@ def chart(
     for number, (name, points) in enumerate(lines.items()):
         places = [(left(one), top(other)) for one, other in points]
         corners = " ".join(f"{across},{down}" for across, down in places)
-        parts.append(Markup('<polyline class="line{}" points="{}"/>').format(number, corners))
-        if len(places) <= _MOST_DOTS:
+        if joined:
+            parts.append(Markup('<polyline class="line{}" points="{}"/>').format(number, corners))
+        if len(places) <= _MOST_DOTS or not joined:
             dots = Markup("").join(Markup('<circle r="2.5" cx="{}" cy="{}"/>').format(*spot) for spot in places)
             parts.append(Markup('<g class="dot{}">{}</g>').format(number, dots))
         key = _LEFT + number * (_RIGHT - _LEFT) // len(lines)

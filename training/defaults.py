@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 # Why those defaults are what they are that stand in training/options.py, being the same for all tasks and machines.
 REASONS = {
-    "per_device_train_batch_size": "usual for fine-tuning",
     "gradient_accumulation_steps": "--most-tokens takes a large batch in parts as it is",
     "most_tokens": "bounds the memory, whatever the longest text is",
     "train_sampling_strategy": "batches of like length hold little padding",
@@ -29,9 +28,11 @@ REASONS = {
     "lora": "all weights learn, which small models have the memory for",
 }
 GIVEN = "as asked for"
-# Those that are chosen below, if they are None.
+# Rows of an optimiser step, and why.
+BATCH = (32, "usual for fine-tuning")
+# Those that are chosen for a run, if they are None.
 _CHOSEN = (
-    *("learning_rate", "num_train_epochs", "early_stopping_patience"),
+    *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "early_stopping_patience"),
     *("bf16", "attention", "attention_dropout"),
 )
 # Optimiser steps that a training of few epochs has at least.

@@ -131,6 +131,17 @@ class Options:
         default=False,
         metadata={"help": "stop where rows repeat, leak, contradict each other, are damaged or too long"},
     )
+    search: int | None = field(
+        default=None,
+        metadata={
+            "help": "trials to find the best learning rate, number of epochs and batch size by, on validation, before "
+            "the training; those that are given are not searched"
+        },
+    )
+    folds: int | None = field(
+        default=None,
+        metadata={"help": "cross-validate the training file in so many parts, before the training, for small data"},
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace a bundle that is already in --output-dir"})
 
     def __post_init__(self) -> None:
@@ -168,7 +179,9 @@ class TrainerOptions(TrainingArguments):
             "help": "passes over the training data, at most; if absent 3 to 10, the more the fewer rows there are"
         },
     )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "examples of one optimiser step"})
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "examples of one optimiser step; if absent 32"}
+    )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "examples of one evaluation step"})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "steps of linear warm-up; below 1: a share of all steps"}
@@ -200,6 +213,8 @@ class TrainerOptions(TrainingArguments):
         if not torch.cuda.is_available():
             self.use_cpu = True
         self.reasons: dict[str, str] = {}  # of what is chosen for this run, see training/defaults.py
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size, self.reasons["per_device_train_batch_size"] = defaults.BATCH
         if self.bf16 is None:
             self.bf16, self.reasons["bf16"] = defaults.bf16()
         if self.max_grad_norm == 0:  # no clipping; but that the gradients are numbers is checked where they are clipped

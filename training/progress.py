@@ -13,13 +13,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 _NOT_SCORES = ("eval_loss", "eval_runtime")
 
 
-class Progress(TrainerCallback):
-    """Replaces the Trainer's own progress output."""
+class Steps(TrainerCallback):
+    """Says how far a training is, and ends it after a Ctrl-C."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._last_line = 0.0
-        self._loss = float("nan")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -45,6 +44,18 @@ class Progress(TrainerCallback):
     ) -> None:
         end_if_interrupted()
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Progress(Steps):
+    """Replaces the Trainer's own progress output: says what each evaluation finds, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loss = float("nan")
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
@@ -64,7 +75,3 @@ class Progress(TrainerCallback):
         losses = f"training loss {self._loss:.3f}, validation loss {metrics['eval_loss']:.3f}"
         line = f"  epoch {state.epoch:g}: {', '.join([losses, *scores])}"
         tqdm.write(line) if self._bar is not None else print(line, flush=True)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()

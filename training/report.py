@@ -3,7 +3,8 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from itertools import accumulate
+from math import isfinite, log10, nan
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def write(stage: Path, name: str, metrics: dict[str, Any], provenance: dict[str,
         choices=metrics.get("choices", []),
         learning=_learning(metrics.get("epochs", [])),
         curves=learning_curves(metrics.get("epochs", []), metrics.get("training_loss", [])),
+        search=search(metrics.get("search", []), metrics.get("search_metric", "")),
+        folds=metrics.get("folds"),
         seconds=metrics.get("training_seconds"),
         samples_per_second=metrics.get("training_samples_per_second"),
         matrix=_MATRIX,
@@ -154,6 +157,35 @@ def learning_curves(epochs: Sequence[Mapping[str, Any]], losses: Sequence[Mappin
         y = scale(title.lower(), [value for points in lines.values() for _, value in points])
         charts.append(chart(title, x, y, lines=lines))
     return charts
+
+
+def search(trials: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any] | None:
+    """Charts and rows of the trials that metrics.json has; `best` is the number of the best one. None without trials.
+
+    metric: what they are judged by; of a loss the lowest is the best.
+    """
+    if not trials:
+        return None
+    sign = -1 if metric == "loss" else 1
+    values = {number: trial["value"] for number, trial in enumerate(trials, start=1) if trial["value"] is not None}
+    complete = [number for number in values if trials[number - 1]["state"] == "complete"]
+    best = max(complete, key=lambda number: sign * values[number])
+    so_far = accumulate((sign * value for value in values.values()), max)
+    name = metric.replace("_", "-")
+    lines = {name: list(values.items()), "best so far": [(n, sign * v) for n, v in zip(values, so_far, strict=True)]}
+    y = _close(name, list(values.values()))
+    charts = [chart(f"{name} by trial", scale("trial", list(values)), y, lines=lines)]
+    rates = [(log10(trials[n - 1]["parameters"].get("learning_rate", 1)), value) for n, value in values.items()]
+    if "learning_rate" in trials[0]["parameters"]:
+        x = _close("learning rate, as a power of ten", [rate for rate, _ in rates])
+        charts.append(chart(f"{name} by learning rate", x, y, lines={name: rates}, joined=False))
+    return {"charts": charts, "trials": trials, "best": best, "names": list(trials[0]["parameters"]), "metric": name}
+
+
+def _close(title: str, values: Sequence[float]) -> Scale:
+    """An axis around values that may be far from zero."""
+    margin = (max(values) - min(values)) / 20 or 0.05
+    return Scale(title, min(values) - margin, max(values) + margin)
 
 
 def _confused(scores: Mapping[str, Any]) -> list[tuple[str, str, int]]:
