@@ -171,7 +171,7 @@ class TrainerOptions(TrainingArguments):
     output_dir: str | None = field(default=None, metadata={"help": "folder to write the bundle to"})
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "peak learning rate of AdamW; if absent 1e-4, from scratch and with --lora 1e-3"},
+        metadata={"help": "peak learning rate of AdamW; if absent 1e-4, with --lora 5e-4, from scratch 1e-3"},
     )
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None,
