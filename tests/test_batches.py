@@ -1,5 +1,6 @@
 """How training batches are made: like lengths together, padded, in parts that change nothing, and seeded."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,10 @@ def test_a_round_of_the_benchmark(shared: Path, tmp_path: Path) -> None:
         "lowest": 2,
         "highest": 5,
     }
+
+
+def test_the_page_has_the_results_that_are_committed() -> None:
+    results = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
+    assert benchmark.table_in(benchmark.DOCS.read_text(encoding="utf-8")) == benchmark.table(results)
+    assert benchmark.targets(results) == results["targets"]
+    assert len(results["rounds"]) >= 5
