@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fault_injection.bench import MODEL, Bench, Target
+from benchmarks.page import rewritten
 from benchmarks.speed import models, servers
 from benchmarks.speed.__main__ import machine
 from benchmarks.speed.peers import OFFLINE, ROOT, Unavailable
@@ -263,11 +264,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 def document(found: Mapping[str, Any], text: str) -> str:
     """docs/bulk.md with these figures between its marks. Raises ValueError if it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"docs/bulk.md needs the lines {BEGIN} and {END}, between which the figures go")
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
+    return rewritten("docs/bulk.md", text, (BEGIN, END), table(found))
 
 
 def main(argv: Sequence[str]) -> None:

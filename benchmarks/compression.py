@@ -24,6 +24,7 @@ from typing import Any
 from datasets import Dataset, disable_progress_bars
 from safetensors import safe_open
 
+from benchmarks.page import rewritten
 from benchmarks.quality_data import ROOT, SEED
 from benchmarks.speed.__main__ import machine
 from handler.engine import Engine
@@ -151,11 +152,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 def document(found: Mapping[str, Any], text: str) -> str:
     """docs/training.md with these figures between its marks. Raises ValueError if it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{DOCUMENT} needs the lines {BEGIN} and {END}, between which the figures go")
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
+    return rewritten(DOCUMENT, text, (BEGIN, END), table(found))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

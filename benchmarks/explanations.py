@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.page import rewritten
 from benchmarks.speed import load, models, servers
 from benchmarks.speed.__main__ import machine
 from benchmarks.speed.peers import ROOT, Unavailable
@@ -237,11 +238,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 def document(found: Mapping[str, Any], text: str) -> str:
     """docs/explanations.md with these figures between its marks. Raises ValueError if it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{DOCUMENT} needs the lines {BEGIN} and {END}, between which the figures go")
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
+    return rewritten(DOCUMENT, text, (BEGIN, END), table(found))
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:

@@ -32,6 +32,7 @@ from benchmarks.fault_injection import (
 )
 from benchmarks.fault_injection.bench import Bench, Target
 from benchmarks.fault_injection.site import ROOT, SiteError
+from benchmarks.page import rewritten
 from benchmarks.speed.__main__ import machine
 from training.interrupts import INTERRUPTED
 
@@ -110,17 +111,13 @@ def results(rows: dict[str, Any]) -> dict[str, Any]:
 
 def document(found: dict[str, Any], text: str) -> str:
     """docs/faults.md with the table of these results between its marks. Raises ValueError if it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"docs/faults.md needs the lines {BEGIN} and {END}, between which the table goes")
     lines = ["| row | figure | found | target | |", "|---|---|---|---|---|"]
     for target in found["targets"]:
         met = "met" if target["met"] else "**missed**"
         lines.append(f"| {target['id']} | {target['what']} | {target['value']} | {target['target']} | {met} |")
     where = found["machine"]
     lines += ["", f"{where['processor']}, {where['cpus']} CPUs; nginx {found['versions']['nginx']}."]
-    return before + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + after
+    return rewritten("docs/faults.md", text, (BEGIN, END), "\n".join(lines))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

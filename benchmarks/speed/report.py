@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import rewritten
 from benchmarks.speed.load import Sample
 
 OURS = "marble"
@@ -303,11 +304,7 @@ def _times(values: Sequence[float | None], name: str) -> str:
 
 def document(results: Mapping[str, Any], text: str) -> str:
     """docs/speed.md with the tables of these results between its marks. Raises ValueError if it has no marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"docs/speed.md needs the lines {BEGIN} and {END}, between which the tables go")
-    return f"{before}{BEGIN}\n\n{markdown(results)}\n\n{END}{after}"
+    return rewritten("docs/speed.md", text, (BEGIN, END), markdown(results))
 
 
 def plots(results: Mapping[str, Any], folder: Path) -> None:
