@@ -38,11 +38,12 @@ def example(name: str) -> list[str]:
     return [part for split in splits for part in (f"--{split}-file", f"examples/{name}/{split}.csv")]
 
 
-def files(context: Context, task: str, folder: str, train: str, validation: str, test: str) -> list[str]:
-    """The arguments that name a task and the three files of a data set."""
+def files(context: Context, task: str, folder: str, train: str, validation: str | None, test: str) -> list[str]:
+    """The arguments that name a task and the files of a data set."""
     place = context.data / folder
     splits = (("train", train), ("validation", validation), ("test", test))
-    return ["--task", task, *(part for name, file in splits for part in (f"--{name}-file", str(place / file)))]
+    named = (part for name, file in splits if file for part in (f"--{name}-file", str(place / file)))
+    return ["--task", task, *named]
 
 
 def mnist(context: Context) -> list[str]:

@@ -14,7 +14,9 @@ import requests
 from conftest import OFFLINE, ROOT, Served, free_ports, run, succeeded
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks import quality
+from benchmarks import quality_report
+from benchmarks.page import rewritten
+from benchmarks.quality_experiments import EXPERIMENTS
 from handler import tasks
 from handler.engine import Engine
 from handler.messages import Request, Result
@@ -183,10 +185,14 @@ def test_the_engine_without_torchserve(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_the_figures_of_quality_are_those_of_its_results() -> None:
-    results = json.loads(quality.RESULTS.read_text(encoding="utf-8"))
-    assert quality.table_in(quality.DOCS.read_text(encoding="utf-8")) == quality.table(results["rounds"])
-    experiments = [experiment.name for experiment in quality.EXPERIMENTS]
-    assert [entry["name"] for entry in results["rounds"]] == experiments
-    assert [(entry["id"], entry["value"]) for entry in results["targets"]] == [
-        (entry["name"], entry["value"]) for entry in results["rounds"]
+    results = json.loads(quality_report.RESULTS.read_text(encoding="utf-8"))
+    marks, page = (quality_report.BEGIN, quality_report.END), quality_report.DOCS.read_text(encoding="utf-8")
+    assert rewritten(quality_report.DOCS, page, marks, quality_report.table(results["rounds"])) == page
+    assert results["targets"] == quality_report.targets(results["rounds"])
+    rounds = [quality_report.key(entry) for entry in results["rounds"]]
+    assert rounds == [
+        quality_report.Round(experiment.name, seed, way)
+        for experiment in EXPERIMENTS
+        for seed in experiment.seeds
+        for way in quality_report.ways(experiment, seed)
     ]

@@ -106,6 +106,27 @@ class Options:
     attention_dropout: float | None = field(
         default=None, metadata={"help": "if absent none on a CPU, on a GPU the model's own"}
     )
+    freeze_embeddings: bool | None = field(
+        default=None,
+        metadata={
+            "help": "leave the base model's embeddings of tokens as they are; if absent for the tasks that label "
+            "texts, pairs and tokens, or answer questions"
+        },
+    )
+    token_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the tokens that training hides at random behind the mask token; if absent 0.1 for "
+            "the same tasks, unless the tokenizer has none"
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "decay of a running average of the weights, which is evaluated and shipped in their place, 0 for "
+            "none; if absent 0.99 for the same tasks"
+        },
+    )
     most_tokens: int = field(
         default=8192,
         metadata={
@@ -154,6 +175,10 @@ class Options:
                 raise UserError(
                     f"--{name} needs a base model: weights from scratch have learnt nothing that could be kept"
                 )
+        if self.token_dropout is not None and not 0 <= self.token_dropout < 1:
+            raise UserError(f"--token-dropout {self.token_dropout:g}: give a share below 1, e.g. 0.1, or 0 for none")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema-decay {self.ema_decay:g}: give a number below 1, e.g. 0.99, or 0 for none")
         for name in ("layers", "teacher", "lora"):
             if getattr(self, name) is not None and self.train_file is None:
                 raise UserError(f"--{name} needs a --train-file: without one nothing is learnt")

@@ -16,13 +16,14 @@ import transformers
 from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from training import adapters, defaults, resuming, tasks
+from training import defaults, resuming, tasks
 from training.base_model import BaseModel
 from training.errors import UserError
 from training.interrupts import end_if_interrupted, remembered
 from training.options import Options, TrainerOptions
 from training.progress import Progress, Steps
 from training.tasks import Splits, TrainingTask
+from training.trainer import choose_weights
 
 if TYPE_CHECKING:
     import optuna
@@ -205,9 +206,8 @@ def _trainer(
         model, _ = task.load(base, splits, options)
         # As where the Trainer of the final training is made: it repeats the best trial.
         transformers.set_seed(arguments.seed)
-        if options.lora is not None:
-            adapters.add(model, options.lora)
-            transformers.set_seed(arguments.seed)
+        choose_weights(model, options)
+        transformers.set_seed(arguments.seed)
         return model
 
     model, processor = task.load(base, splits, options)

@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from training import adapters, distillation
+from training.averaging import WeightAverage
 from training.batches import IGNORED, TAUGHT, LengthBuckets, LongestFirst, TokenRows, parts
 from training.errors import UserError
 from training.options import Options, TrainerOptions
@@ -71,14 +72,42 @@ class TokenTrainer(SafeTrainer):
     accumulated batches and processes. Evaluation begins with the longest rows. Where rows have a teacher's logits, half
     of the loss is how far the model is from these.
 
-    most_tokens: of one forward pass, padding included.
+    most_tokens: of one forward pass, padding included. token_dropout: share of the tokens, but for special ones, that
+    training hides behind the mask token (word dropout, Iyyer et al. 2015, Deep Unordered Composition). ema_decay: of
+    the average of the weights that is evaluated and kept, 0 for none.
     """
 
-    def __init__(self, *arguments: Any, most_tokens: int, **more: Any) -> None:
+    def __init__(
+        self, *arguments: Any, most_tokens: int, token_dropout: float = 0.0, ema_decay: float = 0.0, **more: Any
+    ) -> None:
         super().__init__(*arguments, **more)
-        self._most_tokens = most_tokens
+        self._most_tokens, self._token_dropout = most_tokens, token_dropout
+        self._average = WeightAverage(ema_decay) if ema_decay else None
+        if self._average is not None:
+            self.add_callback(self._average)
         # Not all models that take the number of items divide by it. None is told: `training_step` weighs their means.
         self.model_accepts_loss_kwargs = False
+
+    def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
+        """As Trainer's; during training of the average of the weights."""
+        with nullcontext() if self._average is None else self._average.in_place():
+            return super().evaluate(*arguments, **more)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As SafeTrainer's, and the average of the weights beside them."""
+        super()._save(output_dir, state_dict)
+        if self._average is not None:
+            self._average.save(Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._average is not None:
+            self._average.load(Path(resume_from_checkpoint), self.args.device)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._average is not None:
+            self._average.load(Path(str(self.state.best_model_checkpoint)), self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -118,9 +147,9 @@ class TokenTrainer(SafeTrainer):
         """None: evaluation asks for it, too, part by part, of which processes have different numbers."""
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """As Trainer's, the inputs in parts."""
+        """As Trainer's, the inputs in parts, some of their tokens hidden."""
         model.train()
-        pieces = parts(self._prepare_inputs(inputs), self._most_tokens)
+        pieces = parts(self._hidden(self._prepare_inputs(inputs)), self._most_tokens)
         total = torch.zeros((), device=self.args.device)
         for place, piece in enumerate(pieces, start=1):
             with nullcontext() if place == len(pieces) else self.accelerator.no_sync(model):
@@ -131,6 +160,16 @@ class TokenTrainer(SafeTrainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _hidden(self, inputs: Any) -> Any:
+        """The inputs with some tokens hidden, each batch anew."""
+        if not self._token_dropout:
+            return inputs
+        tokenizer: Any = self.processing_class
+        ids = inputs["input_ids"]
+        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+        hidden = (torch.rand(ids.shape, device=ids.device) < self._token_dropout) & ~special
+        return {**inputs, "input_ids": ids.masked_fill(hidden, tokenizer.mask_token_id)}
 
     def prediction_step(self, model: nn.Module, inputs: Any, *arguments: Any, **more: Any) -> Any:
         """As Trainer's, the inputs in parts."""
@@ -169,6 +208,29 @@ def weighted(options: Options, labels: Sequence[int], count: int) -> dict[str, A
     return {"compute_loss_func": loss}
 
 
+def choose_weights(model: Any, options: Options) -> None:
+    """What learns: adapters in place of the base model's weights, or all weights but the embeddings of tokens, or all.
+
+    Raises UserError for a model without such embeddings, or without linear layers for adapters.
+    """
+    if options.freeze_embeddings:
+        embeddings = model.get_input_embeddings()
+        if not isinstance(embeddings, nn.Embedding):
+            raise UserError("--freeze-embeddings: this model has no embeddings of tokens; leave it out")
+        embeddings.requires_grad_(False)
+    if options.lora is not None:
+        adapters.add(model, options.lora)
+
+
+def _token_dropout(tokenizer: Any, options: Options, arguments: TrainerOptions) -> float:
+    """The share of tokens to hide. Raises UserError if one was asked for and the tokenizer has no mask token."""
+    if options.token_dropout and tokenizer.mask_token_id is None:
+        if "token_dropout" not in arguments.reasons:
+            raise UserError("--token-dropout: the tokenizer of this model has no mask token to hide others behind")
+        options.token_dropout, arguments.reasons["token_dropout"] = 0.0, "the tokenizer has no mask token"
+    return options.token_dropout or 0.0
+
+
 def build(
     model: Any,
     processor: Any,
@@ -187,13 +249,18 @@ def build(
         raise UserError("--class-weights: this task does not have one label for each row to weigh")
     if options.teacher and not (isinstance(train, TokenRows) and TAUGHT in train[0]):
         raise UserError("--teacher: only classifiers of texts, pairs and tokens learn from one; leave it out")
-    if options.lora is not None:
-        adapters.add(model, options.lora)
+    choose_weights(model, options)
     callbacks: list[Any] = [Progress()]
     if options.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
     if isinstance(train, TokenRows):
         kind, more = TokenTrainer, {**more, "most_tokens": options.most_tokens}
+        more |= {"token_dropout": _token_dropout(processor, options, arguments), "ema_decay": options.ema_decay}
+    elif options.token_dropout or options.ema_decay:
+        raise UserError(
+            "--token-dropout, --ema-decay: only classifiers of texts, pairs and tokens, and models that "
+            "answer questions, are trained so; leave them out"
+        )
     trainer = kind(
         model=model,
         args=arguments,
