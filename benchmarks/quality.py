@@ -66,19 +66,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         context = Context(arguments.data.absolute(), (arguments.work or Path(folder)).absolute(), arguments.quick)
         context.work.mkdir(parents=True, exist_ok=True)
-        # Seed by seed: a run that is cut short has whole comparisons.
-        for seed in (SEED,) if arguments.quick else SEEDS:
-            for experiment in (entry for entry in experiments if seed in entry.seeds):
-                for way in ways(experiment, seed):
-                    if arguments.missing and done(experiment, seed, way, context):
-                        continue
-                    print(f"== {experiment.name}, seed {seed}: {way}", flush=True)
-                    found = run(experiment, seed, way, context)
-                    print(json.dumps(found), flush=True)
-                    if not arguments.quick:
-                        record(found)
+        for experiment, seed, way in order(experiments, (SEED,) if arguments.quick else SEEDS):
+            if arguments.missing and done(experiment, seed, way, context):
+                continue
+            print(f"== {experiment.name}, seed {seed}: {way}", flush=True)
+            found = run(experiment, seed, way, context)
+            print(json.dumps(found), flush=True)
+            if not arguments.quick:
+                record(found)
     if not arguments.quick:
         print(table(rounds()))
+
+
+def order(experiments: Sequence[Experiment], seeds: Sequence[int]) -> list[tuple[Experiment, int, str]]:
+    """What is to be made: all of the first seed, then the other seeds of train.py, then those of the Trainer.
+
+    So a run that is cut short has a whole comparison, and then the spread of what is ours.
+    """
+    wanted = [
+        (experiment, seed, way)
+        for seed in seeds
+        for experiment in experiments
+        if seed in experiment.seeds
+        for way in ways(experiment, seed)
+    ]
+    return sorted(wanted, key=lambda entry: entry[1] != SEED and entry[2] == TRAINER)
 
 
 def place_of(context: Context, experiment: Experiment, seed: int, way: str) -> Path:

@@ -22,7 +22,7 @@ from training.averaging import WeightAverage
 from training.errors import UserError
 
 EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
-WHOLE = ("--freeze-embeddings", "false", "--token-dropout", 0, "--ema-decay", 0)
+PLAIN = ("--freeze-embeddings", "false", "--token-dropout", 0, "--ema-decay", 0, "--head-learning-rate-ratio", 1)
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +51,15 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_embeddings_of_tokens_stay_as_they_are(frozen: bool, data: Path, base: Path, tmp_path: Path) -> None:
-    train(data, tmp_path / "bundle", base, *NO_CHECKPOINTS, *(() if frozen else WHOLE))
+    train(data, tmp_path / "bundle", base, *NO_CHECKPOINTS, *(() if frozen else PLAIN))
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "bundle" / "model.safetensors")
     assert bool((before[EMBEDDINGS.removeprefix("bert.")] == after[EMBEDDINGS]).all()) is frozen
     position = "embeddings.position_embeddings.weight"
     assert (before[position] != after[f"bert.{position}"]).any()
     metrics = json.loads((tmp_path / "bundle" / "metrics.json").read_text(encoding="utf-8"))
     choices = {choice["name"]: choice for choice in metrics["choices"]}
-    assert [choices[name]["value"] for name in ("freeze_embeddings", "token_dropout", "ema_decay")] == (
-        [True, 0.1, 0.99] if frozen else [False, 0.0, 0.0]
-    )
+    names = ("freeze_embeddings", "token_dropout", "ema_decay", "head_learning_rate_ratio")
+    assert [choices[name]["value"] for name in names] == ([True, 0.1, 0.99, 10] if frozen else [False, 0, 0, 1])
     assert (choices["ema_decay"]["why"] == "as asked for") is not frozen
 
 
@@ -140,6 +139,28 @@ def test_the_model_becomes_the_average_of_its_steps(
     assert any(not torch.allclose(weight, final[name]) for name, weight in steps[-1].items())
 
 
+def test_a_fresh_head_learns_faster_until_it_is_no_longer_fresh(
+    data: Path, base: Path, tmp_path: Path, built: list[Any]
+) -> None:
+    """The pooler before it, too. A model that has been fine-tuned on the same labels goes on with one rate for all."""
+    train(data, tmp_path / "bundle", base, *NO_CHECKPOINTS)
+    train(data, tmp_path / "again", tmp_path / "bundle", *NO_CHECKPOINTS)
+    fresh, again = ({group["initial_lr"]: 0 for group in made.optimizer.param_groups} for made in built)
+    assert (list(fresh), list(again)) == ([1e-4, 1e-3], [1e-4])
+    names = {id(weight): name for name, weight in built[0].model.named_parameters()}
+    groups = built[0].optimizer.param_groups
+    fast = {names[id(weight)] for group in groups if group["initial_lr"] == 1e-3 for weight in group["params"]}
+    assert {name.split(".")[-3] if "pooler" in name else name.split(".")[0] for name in fast} == {
+        "pooler",
+        "classifier",
+    }
+    decayed = {names[id(weight)] for group in groups if group["weight_decay"] for weight in group["params"]}
+    assert decayed == {name for name in names.values() if name.endswith("weight") and "LayerNorm" not in name} - {
+        EMBEDDINGS
+    }
+    assert sum(len(group["params"]) for group in groups) == len(names) - 1
+
+
 @pytest.mark.parametrize("best", [False, True], ids=["the last", "the best"])
 def test_a_resumed_run_has_the_average_of_one_that_was_never_stopped(
     best: bool, data: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -171,6 +192,8 @@ def test_a_resumed_run_has_the_average_of_one_that_was_never_stopped(
     [
         (("--token-dropout", 1), "--token-dropout 1: give a share below 1"),
         (("--ema-decay", -0.5), "--ema-decay -0.5: give a number below 1"),
+        (("--head-learning-rate-ratio", 0), "--head-learning-rate-ratio 0: give a number above 0"),
+        (("--task", "fill-mask", "--token-dropout", 0.1), "--token-dropout, --ema-decay and .* leave them out"),
     ],
 )
 def test_odd_shares_are_refused(

@@ -33,17 +33,19 @@ BATCH = (32, "usual for fine-tuning")
 # Those that are chosen for a run, if they are None.
 _CHOSEN = (
     *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "early_stopping_patience"),
-    *("bf16", "attention", "attention_dropout", "freeze_embeddings", "token_dropout", "ema_decay"),
+    *("bf16", "attention", "attention_dropout"),
+    *("freeze_embeddings", "token_dropout", "ema_decay", "head_learning_rate_ratio"),
 )
 # Optimiser steps that a training of few epochs has at least.
-_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 1000, 3, 10
+_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 400, 4, 10
 _PATIENCE = 2
-# Tasks that an encoder is fine-tuned for, and what that is done with: values, each with its reason.
+# Tasks that an encoder is fine-tuned for, and what that is done with, what is done otherwise, and why.
 _ENCODED = ("text-classification", "zero-shot-classification", "token-classification", "question-answering")
-_FINE_TUNED: dict[str, tuple[bool | float, str]] = {
-    "freeze_embeddings": (True, "half the weights of a small encoder, and to learn them gains nothing"),
-    "token_dropout": (0.1, "a small encoder learns its rows by heart without"),
-    "ema_decay": (0.99, "the average of many steps is better than the last of them"),
+_FINE_TUNED: dict[str, tuple[bool | float, bool | float, str]] = {
+    "freeze_embeddings": (True, False, "half the weights of a small encoder, and to learn them gains nothing"),
+    "token_dropout": (0.1, 0.0, "a small encoder learns its rows by heart without"),
+    "ema_decay": (0.99, 0.0, "the average of many steps is better than the last of them"),
+    "head_learning_rate_ratio": (10.0, 1.0, "a fresh head has everything to learn"),
 }
 # Tasks whose inputs are so long that attention is faster fused, for models that have such a kernel.
 _LONG_INPUTS = ("question-answering",)
@@ -98,10 +100,10 @@ def fill(options: "Options", arguments: "TrainerOptions") -> None:
         options.attention_dropout = 0.0 if on_cpu else None
         reasons["attention_dropout"] = "on a CPU it costs more than attention itself" if on_cpu else "the model's own"
     usual = options.task in _ENCODED and options.from_scratch is None and options.lora is None
-    for name, (value, reason) in _FINE_TUNED.items():
+    for name, (value, otherwise, reason) in _FINE_TUNED.items():
         if getattr(options, name) is None:
-            setattr(options, name, value if usual else type(value)(0))
-            reasons[name] = reason if usual else "usual where an encoder is fine-tuned whole"
+            setattr(options, name, value if usual else otherwise)
+            reasons[name] = reason if usual else "more only where an encoder is fine-tuned whole"
 
 
 def _learning_rate(options: "Options") -> tuple[float, str]:

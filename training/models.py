@@ -23,7 +23,8 @@ def load(
 
     auto_model: e.g. `AutoModelForSequenceClassification`. purpose: what it shall be, for messages, e.g. "a text
     classifier". processor: its tokenizer, where it has one; a model from scratch takes its vocabulary from there.
-    config_changes: entries of the model's config. Raises UserError if it cannot be loaded.
+    config_changes: entries of the model's config. Raises UserError if it cannot be loaded. `fresh_head` of a pretrained
+    model tells whether some of its weights begin at random.
     """
     with loading(base, purpose):
         if base.spec is not None:
@@ -44,7 +45,9 @@ def load(
         body = f"{model.base_model_prefix}."
         if misfits := [str(name) for name, *_ in report["mismatched_keys"] if str(name).startswith(body)]:
             raise ValueError(f"its weights do not fit its config.json: {misfits[0]}")
-    return model if base.layers is None else layers.keep(model, base.layers)
+    found: PreTrainedModel = model if base.layers is None else layers.keep(model, base.layers)
+    found.fresh_head = bool(report["missing_keys"] or report["mismatched_keys"])  # type: ignore[assignment]
+    return found
 
 
 def load_tokenizer(base: BaseModel, purpose: str, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:

@@ -127,6 +127,10 @@ class Options:
             "none; if absent 0.99 for the same tasks"
         },
     )
+    head_learning_rate_ratio: float | None = field(
+        default=None,
+        metadata={"help": "how many times as fast as the rest a fresh head learns; if absent 10 for the same tasks"},
+    )
     most_tokens: int = field(
         default=8192,
         metadata={
@@ -177,11 +181,15 @@ class Options:
                 )
         if self.token_dropout is not None and not 0 <= self.token_dropout < 1:
             raise UserError(f"--token-dropout {self.token_dropout:g}: give a share below 1, e.g. 0.1, or 0 for none")
+        if self.head_learning_rate_ratio is not None and not self.head_learning_rate_ratio > 0:
+            raise UserError(
+                f"--head-learning-rate-ratio {self.head_learning_rate_ratio:g}: give a number above 0, e.g. 10"
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema-decay {self.ema_decay:g}: give a number below 1, e.g. 0.99, or 0 for none")
-        for name in ("layers", "teacher", "lora"):
+        for name in ("layers", "teacher", "lora", "wished_precision"):
             if getattr(self, name) is not None and self.train_file is None:
-                raise UserError(f"--{name} needs a --train-file: without one nothing is learnt")
+                raise UserError(f"--{name.replace('_', '-')} needs a --train-file: without one nothing is learnt")
 
     def files(self) -> dict[str, Path]:
         """The data files that were given, by split."""
@@ -201,7 +209,7 @@ class TrainerOptions(TrainingArguments):
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "passes over the training data, at most; if absent 3 to 10, the more the fewer rows there are"
+            "help": "passes over the training data, at most; if absent 4 to 10, the more the fewer rows there are"
         },
     )
     per_device_train_batch_size: int | None = field(  # type: ignore[assignment]

@@ -74,19 +74,38 @@ class TokenTrainer(SafeTrainer):
 
     most_tokens: of one forward pass, padding included. token_dropout: share of the tokens, but for special ones, that
     training hides behind the mask token (word dropout, Iyyer et al. 2015, Deep Unordered Composition). ema_decay: of
-    the average of the weights that is evaluated and kept, 0 for none.
+    the average of the weights that is evaluated and kept, 0 for none. head_ratio: how many times as fast as the rest a
+    fresh head and the pooler before it learn (discriminative fine-tuning, Howard & Ruder 2018).
     """
 
     def __init__(
-        self, *arguments: Any, most_tokens: int, token_dropout: float = 0.0, ema_decay: float = 0.0, **more: Any
+        self,
+        *arguments: Any,
+        most_tokens: int,
+        token_dropout: float = 0.0,
+        ema_decay: float = 0.0,
+        head_ratio: float = 1.0,
+        **more: Any,
     ) -> None:
         super().__init__(*arguments, **more)
-        self._most_tokens, self._token_dropout = most_tokens, token_dropout
+        self._most_tokens, self._token_dropout, self._head_ratio = most_tokens, token_dropout, head_ratio
         self._average = WeightAverage(ema_decay) if ema_decay else None
         if self._average is not None:
             self.add_callback(self._average)
         # Not all models that take the number of items divide by it. None is told: `training_step` weighs their means.
         self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As Trainer's, with groups of their own for the head."""
+        begun = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        head = _head(self.model) if self._head_ratio != 1 and not begun else set()
+        for group in [*optimizer.param_groups]:
+            apart = [weight for weight in group["params"] if weight in head]
+            group["params"] = [weight for weight in group["params"] if weight not in head]
+            if apart:
+                optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * self._head_ratio})
+        return optimizer
 
     def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
         """As Trainer's; during training of the average of the weights."""
@@ -181,6 +200,14 @@ class TokenTrainer(SafeTrainer):
         return loss, *(None if values[0] is None else reduce(nested_concat, values) for values in (logits, labels))
 
 
+def _head(model: Any) -> set[nn.Parameter]:
+    """The weights above a base model's blocks, if they begin at random."""
+    if not getattr(model, "fresh_head", False):
+        return set()
+    body = {id(weight) for name, weight in model.base_model.named_parameters() if "pooler" not in name}
+    return {weight for weight in model.parameters() if id(weight) not in body}
+
+
 def _items(batch: Mapping[str, Any]) -> Any:
     """What the loss of a batch is the mean over: its labelled tokens, or its rows."""
     labels = batch.get("labels")
@@ -255,11 +282,12 @@ def build(
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
     if isinstance(train, TokenRows):
         kind, more = TokenTrainer, {**more, "most_tokens": options.most_tokens}
-        more |= {"token_dropout": _token_dropout(processor, options, arguments), "ema_decay": options.ema_decay}
-    elif options.token_dropout or options.ema_decay:
+        more["token_dropout"] = _token_dropout(processor, options, arguments)
+        more |= {"ema_decay": options.ema_decay or 0.0, "head_ratio": options.head_learning_rate_ratio or 1.0}
+    elif options.token_dropout or options.ema_decay or (options.head_learning_rate_ratio or 1) != 1:
         raise UserError(
-            "--token-dropout, --ema-decay: only classifiers of texts, pairs and tokens, and models that "
-            "answer questions, are trained so; leave them out"
+            "--token-dropout, --ema-decay and --head-learning-rate-ratio are for classifiers of texts, pairs and "
+            "tokens and for question-answering; leave them out"
         )
     trainer = kind(
         model=model,

@@ -164,7 +164,11 @@ class TextClassification(TrainingTask):
             learned: dict[str, Any] = {"temperature": temperature}
             if options.wished_precision is not None:
                 scores = softmax(logits / temperature, axis=1)
-                learned |= _abstention(scores, np.asarray(found.label_ids), options.wished_precision, splits.labels)
+                threshold, told = _abstention(scores, np.asarray(found.label_ids), options.wished_precision)
+                if trainer.is_world_process_zero():
+                    print(told, flush=True)
+                if threshold is not None:
+                    learned["thresholds"] = dict.fromkeys(splits.labels, threshold)
             return {"options": learned}
         scores = activate(logits, "sigmoid")
         thresholds = evaluation.best_thresholds(scores, np.asarray(found.label_ids))
@@ -243,19 +247,17 @@ def _prepare_head(model: PreTrainedModel, rows: Dataset, *, fresh: bool, balance
         models.set_bias(head, np.log((counts + 0.5) / len(rows)))
 
 
-def _abstention(
-    scores: NDArray[np.float64], targets: NDArray[np.int64], wished: float, labels: Sequence[str]
-) -> dict[str, Any]:
-    """One threshold for all labels, and what it is worth on validation; says so, too."""
+def _abstention(scores: NDArray[np.float64], targets: NDArray[np.int64], wished: float) -> tuple[float | None, str]:
+    """The score below which there is no answer, if any will do, and what it is worth on validation."""
     found = calibration.abstention(scores, targets, wished)
     if found is None:
-        print(f"--wished-precision {wished:g}: not even the surest answers to validation reach it; none is left out")
-        return {}
-    print(
+        return None, (
+            f"--wished-precision {wished:g}: not even the surest answers to validation reach it; none is left out"
+        )
+    return round(found.threshold, 6), (
         f'with "threshold": "learned" {found.coverage:.1%} of validation is answered, where the score is at least '
         f"{found.threshold:.3f}, and {found.precision:.1%} of the answers are right"
     )
-    return {"thresholds": dict.fromkeys(labels, round(found.threshold, 6))}
 
 
 def _head(model: Any) -> nn.Linear:
