@@ -37,7 +37,7 @@ _CHOSEN = (
     *("freeze_embeddings", "token_dropout", "ema_decay", "head_learning_rate_ratio"),
 )
 # Optimiser steps that a training of few epochs has at least.
-_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 400, 4, 10
+_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 500, 4, 10
 _PATIENCE = 2
 # Tasks that an encoder is fine-tuned for, and what that is done with, what is done otherwise, and why.
 _ENCODED = ("text-classification", "zero-shot-classification", "token-classification", "question-answering")
