@@ -169,8 +169,10 @@ EXPERIMENTS = (
         "shakespeare-gpt2",
         "GPT-2 from scratch on Shakespeare",
         lambda c: [
-            *("--task", "text-generation", *shakespeare(c), "--num-train-epochs", "6", "--learning-rate", "2e-3"),
-            *("--from-scratch", "gpt2 n_layer=4 n_embd=256 n_head=4 n_positions=256 vocab_size=1024"),
+            *("--task", "text-generation", *shakespeare(c), "--num-train-epochs", "8", "--learning-rate", "2e-3"),
+            *("--per-device-train-batch-size", "16", "--weight-decay", "0.1", "--adam-beta2", "0.95"),
+            "--from-scratch",
+            "gpt2 n_layer=4 n_embd=256 n_head=4 n_positions=256 vocab_size=1024 resid_pdrop=0 embd_pdrop=0 attn_pdrop=0",
         ],
         [Figure("nats per character", metric("nats_per_character"), goal=1.48, lower_is_better=True)],
         "all 65 characters alike",
@@ -183,7 +185,7 @@ EXPERIMENTS = (
         "ViT from scratch on MNIST (3,000 images)",
         lambda c: [
             *("--task", "image-classification", *mnist(c), "--augment", "true", "--num-train-epochs", "30"),
-            *("--learning-rate", "2e-3", "--from-scratch", "vit"),
+            *("--learning-rate", "1e-3", "--from-scratch", "vit"),
         ],
         [Figure("accuracy", metric("accuracy"))],
         "majority class",
@@ -207,7 +209,7 @@ EXPERIMENTS = (
         "Audio Spectrogram Transformer from scratch on spoken digits (480 sounds)",
         lambda c: [
             *("--task", "audio-classification", *spoken_digits(c, "label"), "--augment", "true"),
-            *("--num-train-epochs", "40", "--learning-rate", "1e-3"),
+            *("--num-train-epochs", "60", "--per-device-train-batch-size", "16", "--learning-rate", "5e-4"),
             *("--from-scratch", "audio-spectrogram-transformer max_length=128"),
         ],
         [Figure("accuracy", metric("accuracy"), goal=0.92)],

@@ -303,3 +303,16 @@ def test_lines_are_sequences_of_their_own(texts: list[str]) -> None:
     assert rows["length"] == [len(ids) for ids in rows["input_ids"]]
     assert all(ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id for ids in rows["input_ids"])
     assert sum(rows["length"]) - 2 * len(rows) == 21
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        ("bert hidden_size=160 num_attention_heads=4", "initializer_range", 0.05),
+        ("bart d_model=160", "init_std", 0.05),
+        ("gpt2 n_embd=40 n_head=4", "initializer_range", 0.1),
+        ("gpt2 initializer_range=0.3", "initializer_range", 0.3),
+    ],
+)
+def test_the_first_weights_suit_the_width(text: str, name: str, expected: float) -> None:
+    assert getattr(scratch.build_config(scratch.parse_spec(text)), name) == pytest.approx(expected)

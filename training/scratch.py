@@ -10,6 +10,7 @@ model = AutoModelForCausalLM.from_config(build_config(spec, tokenizer))
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -103,6 +104,9 @@ _SMALL: dict[str, dict[str, Any]] = {
         "resblock_dilation_sizes": [[1, 3]],
     },
 }
+# Of a weight, times the width. The usual deviation of 0.02 suits widths of about 1,000: narrow layers with so small weights
+# take long to learn anything (Nguyen & Salazar, "Transformers without Tears", 2019).
+_INITIAL_VARIANCE = 2 / 5
 _SIZE = re.compile(r"([A-Za-z_]\w*)=(\[[^\]]*\]|[^\s,\[\]]+)")
 _DEFAULT_VOCABULARY = 4096
 _DEFAULT_MAX_LENGTH = 512  # of models whose positions have no end, such as T5
@@ -161,7 +165,11 @@ def build_config(spec: Spec, tokenizer: PreTrainedTokenizerBase | None = None, *
     else:  # ids of the published vocabulary, which may be larger, mean nothing here
         ids = {name: value for name, value in vars(defaults).items() if name.endswith("_token_id")}
         vocabulary = dict.fromkeys((name for name, value in ids.items() if isinstance(value, int) and value > 0), 0)
-    return AutoConfig.for_model(spec.model_type, **(spec.sizes | vocabulary | changes))
+    config = AutoConfig.for_model(spec.model_type, **(spec.sizes | vocabulary | changes))
+    for name in ("initializer_range", "init_std"):
+        if hasattr(config, name) and name not in spec.sizes and isinstance(getattr(config, "hidden_size", None), int):
+            setattr(config, name, math.sqrt(_INITIAL_VARIANCE / config.hidden_size))
+    return config
 
 
 def train_tokenizer(spec: Spec, texts: Iterable[str]) -> PreTrainedTokenizerBase:
