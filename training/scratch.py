@@ -104,8 +104,8 @@ _SMALL: dict[str, dict[str, Any]] = {
         "resblock_dilation_sizes": [[1, 3]],
     },
 }
-# Of a weight, times the width. The usual deviation of 0.02 suits widths of about 1,000: narrow layers with so small weights
-# take long to learn anything (Nguyen & Salazar, "Transformers without Tears", 2019).
+# Of a weight, times the width. The usual deviation of 0.02 suits widths of about 1,000: narrow layers with so small
+# weights take long to learn anything (Nguyen & Salazar, "Transformers without Tears", 2019).
 _INITIAL_VARIANCE = 2 / 5
 _SIZE = re.compile(r"([A-Za-z_]\w*)=(\[[^\]]*\]|[^\s,\[\]]+)")
 _DEFAULT_VOCABULARY = 4096
