@@ -94,8 +94,8 @@ def main() -> None:
                 *(f"{name} {value}" for name, value in settings.items() if name != "options"),
             ]
             speak(f"{'training' if base.spec else 'fine-tuning'} {base.name} for {extent}: {', '.join(how)}")
-            told = [str(choice) for choice in choices if choice.name in arguments.reasons]
-            speak(f"  chosen: {', '.join(told)}")
+            told = [choice for choice in choices if choice.name in arguments.reasons]
+            speak(f"  chosen: {', '.join(str(choice) for choice in told if choice.why != defaults.ELSEWHERE)}")
             started = time.monotonic()
             trained = trainer.train(resume_from_checkpoint=resumed)
         end_if_interrupted()

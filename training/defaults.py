@@ -28,6 +28,7 @@ REASONS = {
     "lora": "all weights learn, which small models have the memory for",
 }
 GIVEN = "as asked for"
+ELSEWHERE = "for encoders that are fine-tuned whole"  # of a setting that is off here
 # Rows of an optimiser step, and why.
 BATCH = (32, "usual for fine-tuning")
 # Those that are chosen for a run, if they are None.
@@ -103,7 +104,7 @@ def fill(options: "Options", arguments: "TrainerOptions") -> None:
     for name, (value, otherwise, reason) in _FINE_TUNED.items():
         if getattr(options, name) is None:
             setattr(options, name, value if usual else otherwise)
-            reasons[name] = reason if usual else "more only where an encoder is fine-tuned whole"
+            reasons[name] = reason if usual else ELSEWHERE
 
 
 def _learning_rate(options: "Options") -> tuple[float, str]:
