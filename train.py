@@ -32,6 +32,7 @@ from training import (
     folds,
     help,
     privacy,
+    private,
     report,
     resuming,
     search,
@@ -64,6 +65,9 @@ def main() -> None:
     describe(speak, splits, counts)
     compared = {name: task.compared(rows, splits.labels) for name, rows in splits.named().items()}
     findings = care.examine(compared)
+    # Of rows that are private the bundle holds nothing but the weights, which have noise, and what is said of that.
+    secret = options.private_epsilon is not None
+    told = [name for name in compared if not (secret and name == "train")]
     threads = torch.get_num_threads()
     choices: list[defaults.Choice] = []
 
@@ -73,9 +77,11 @@ def main() -> None:
     if found := findings.sentence(lengths, settings.get("max_length")):
         if options.strict:
             raise UserError(f"--strict: {found}; mend the data, or leave --strict out for a report of which rows")
-        speak(f"the data is not clean: {found}; report.html shows which")
+        speak(f"the data is not clean: {found}" + ("" if secret else "; report.html shows which"))
     before = search.run(task, base, splits, options, arguments, speak)
     before |= folds.run(task, base, splits, options, arguments, speak)
+    if secret:
+        findings = care.examine({name: compared[name] for name in told})
     history: dict[str, Any] = {}
     if splits.train is None:
         speak(f"no --train-file: {base.name} is bundled as it is")
@@ -94,8 +100,8 @@ def main() -> None:
                 *(f"{name} {value}" for name, value in settings.items() if name != "options"),
             ]
             speak(f"{'training' if base.spec else 'fine-tuning'} {base.name} for {extent}: {', '.join(how)}")
-            told = [choice for choice in choices if choice.name in arguments.reasons]
-            speak(f"  chosen: {', '.join(str(choice) for choice in told if choice.why != defaults.ELSEWHERE)}")
+            chosen = [choice for choice in choices if choice.name in arguments.reasons]
+            speak(f"  chosen: {', '.join(str(choice) for choice in chosen if choice.why != defaults.ELSEWHERE)}")
             started = time.monotonic()
             trained = trainer.train(resume_from_checkpoint=resumed)
         end_if_interrupted()
@@ -106,11 +112,14 @@ def main() -> None:
             "training_loss": [
                 {key: entry[key] for key in ("epoch", "step", "loss")}
                 for entry in trainer.state.log_history
-                if "loss" in entry
+                if "loss" in entry and not secret
             ],
             "training_seconds": round(time.monotonic() - started, 1),
             "training_samples_per_second": trained.metrics["train_samples_per_second"],
         }
+        if isinstance(trainer, private.PrivateTrainer):
+            history["private"] = trainer.record()
+            speak(private.sentence(history["private"]))
 
     if arguments.process_index == 0:
         with bundle.staged(place, overwrite=options.overwrite) as stage:
@@ -125,18 +134,22 @@ def main() -> None:
             if splits.train is not None:
                 chosen = splits.train.shuffle(seed=arguments.seed).select(range(min(_CALIBRATION, len(splits.train))))
                 trained_on = task.examples(chosen, splits.labels)
-                bundle.write_calibration(stage, trained_on)
+                if not secret:  # then validation has to do
+                    bundle.write_calibration(stage, trained_on)
             # From here on the engine speaks: what is measured and recorded is what will be served.
             engine = Engine(stage)
             golden = bundle.write_golden(stage, engine, task.golden(known, engine.settings.max_length, arguments.seed))
             predictions = {name: evaluation.predict(engine, rows) for name, rows in examples.items()}
+            membership = privacy.membership(engine, trained_on, examples, predictions)
+            if secret and membership:
+                speak(f"membership: AUC {membership['auc']:.3f} (0.5: the loss tells nothing); not in the bundle")
             metrics = {
                 "task": options.task,
                 "primary": splits.primary or task.primary,
                 "labels": splits.labels,
                 "settings": settings,
                 "rows": {name: len(rows) for name, rows in splits.named().items()},
-                "rows_per_label": counts,
+                "rows_per_label": {name: counts[name] for name in told},
                 "rows_skipped": splits.skipped,
                 "findings": findings.counts(),
                 "choices": [asdict(choice) for choice in choices],
@@ -144,7 +157,7 @@ def main() -> None:
                     name: task.score(predictions[name], [row["target"] for row in rows], splits.labels)
                     for name, rows in examples.items()
                 },
-                "membership": privacy.membership(engine, trained_on, examples, predictions),
+                "membership": None if secret else membership,
                 **before,
                 **history,
             }
@@ -153,14 +166,15 @@ def main() -> None:
             sources = bundle.provenance(
                 stage,
                 base=base,
-                files=options.files(),
+                files={name: path for name, path in options.files().items() if name in told},
                 digests=splits.digests,
                 arguments={**vars(options), **given},
                 command=sys.argv,
                 threads=threads,
             )
             bundle.write_json(stage, "provenance.json", sources)
-            evidence = report.Evidence(engine, examples, predictions, golden, findings, lengths)
+            shown = {name: lengths[name] for name in told if name in lengths}
+            evidence = report.Evidence(engine, examples, predictions, golden, findings, shown)
             report.write(stage, place.name, metrics, sources, evidence)
         shutil.rmtree(checkpoints, ignore_errors=True)
         for name, scores in metrics["splits"].items():
@@ -193,6 +207,7 @@ def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
     if options.most_tokens < 1:
         raise UserError(f"--most-tokens {options.most_tokens}: give 1 or more, e.g. 8192")
     defaults.fill(options, arguments)
+    private.check(options, arguments)
     search.check(options, arguments)
     folds.check(options)
     return options, arguments

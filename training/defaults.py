@@ -26,6 +26,7 @@ REASONS = {
     "layers": "all of the base model's",
     "teacher": "the labels are what is to be learnt",
     "lora": "all weights learn, which small models have the memory for",
+    "private_epsilon": "noise costs accuracy",
 }
 GIVEN = "as asked for"
 ELSEWHERE = "for encoders that are fine-tuned whole"  # of a setting that is off here
@@ -92,6 +93,9 @@ def fill(options: "Options", arguments: "TrainerOptions") -> None:
         against = [reason for reason, applies in why.items() if applies]
         options.early_stopping_patience = 0 if against else _PATIENCE
         reasons["early_stopping_patience"] = against[0] if against else "later epochs seldom make up for two bad ones"
+    if options.private_epsilon is not None:
+        arguments.train_sampling_strategy = "random"
+        reasons["train_sampling_strategy"] = "each row enters each batch by a chance of its own, as privacy needs"
     on_cpu = not torch.cuda.is_available()
     if options.attention is None:
         plain = on_cpu and options.task not in _LONG_INPUTS

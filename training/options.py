@@ -56,6 +56,13 @@ class Options:
             "these in the end"
         },
     )
+    private_epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "differential privacy: the epsilon of the guarantee that the weights tell little about any one row "
+            "of training, e.g. 8; noise costs accuracy"
+        },
+    )
     text_column: str = field(default="text", metadata={"help": "column of the texts"})
     text_pair_column: str | None = field(
         default=None, metadata={"help": "column of the second texts of pairs; found by its name if it has a usual one"}

@@ -289,6 +289,11 @@ def build(
             "--token-dropout, --ema-decay and --head-learning-rate-ratio are for classifiers of texts, pairs and "
             "tokens and for question-answering; leave them out"
         )
+    if options.private_epsilon is not None:
+        from training import private  # here, as it is a kind of TokenTrainer
+
+        private.freeze_embeddings(model)
+        kind, more = private.PrivateTrainer, {**more, "epsilon": options.private_epsilon}
     trainer = kind(
         model=model,
         args=arguments,

@@ -85,7 +85,11 @@ class TextClassification(TrainingTask):
         model.config.pad_token_id = tokenizer.pad_token_id
         if rows:
             _prepare_head(
-                model, rows, fresh=not models.has_labels(base, splits.labels), balanced=bool(options.class_weights)
+                model,
+                rows,
+                fresh=not models.has_labels(base, splits.labels),
+                # The frequencies of the labels would be told without noise.
+                blank=bool(options.class_weights) or options.private_epsilon is not None,
             )
         return model, tokenizer
 
@@ -111,6 +115,8 @@ class TextClassification(TrainingTask):
         mean, deviation = _scale(splits.train, _head(model)) if kind == REGRESSION else (0.0, 1.0)
         if options.teacher and kind == REGRESSION:
             raise UserError("--teacher: a number is not learnt from one; leave it out")
+        if options.private_epsilon is not None and kind == REGRESSION:
+            raise UserError("--private-epsilon: a number is learnt on the scale of the rows, which noise does not hide")
         teacher = distillation.load_teacher(
             options, arguments, AutoModelForSequenceClassification, self.purpose, splits.labels, several=kind == MULTI
         )
@@ -230,19 +236,21 @@ _METRICS: dict[str, Callable[[EvalPrediction], dict[str, float]]] = {
 }
 
 
-def _prepare_head(model: PreTrainedModel, rows: Dataset, *, fresh: bool, balanced: bool) -> None:
-    """Gives the head what is known before training. balanced: whether training holds all labels for as frequent."""
+def _prepare_head(model: PreTrainedModel, rows: Dataset, *, fresh: bool, blank: bool) -> None:
+    """Gives the head what is known before training. blank: whether that must not be how frequent each label is."""
     kind, head = labelled_texts.problem(rows), _head(model)
     if kind == REGRESSION:
         if not fresh:
             mean, deviation = _scale(rows, head)
             _rescale(head, 1 / deviation, -mean / deviation)
-    elif fresh and kind == MULTI:
+    elif not fresh or blank:
+        return
+    elif kind == MULTI:
         # From a head that holds every label for even odds, rare ones are not learnt at all. Half a row is added to both
         # sides, because a label may be on no row or on all.
         marks = np.array(rows["label"][:], dtype=np.float64).sum(axis=0)
         models.set_bias(head, np.log((marks + 0.5) / (len(rows) - marks + 0.5)))
-    elif fresh and not balanced:
+    else:
         counts = np.bincount(rows["label"][:], minlength=head.out_features)
         models.set_bias(head, np.log((counts + 0.5) / len(rows)))
 
