@@ -27,6 +27,7 @@ REASONS = {
     "teacher": "the labels are what is to be learnt",
     "lora": "all weights learn, which small models have the memory for",
     "private_epsilon": "noise costs accuracy",
+    "quantization_aware": "int8 is made after the training, and shipped if it answers as well",
 }
 GIVEN = "as asked for"
 ELSEWHERE = "for encoders that are fine-tuned whole"  # of a setting that is off here

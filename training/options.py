@@ -63,6 +63,12 @@ class Options:
             "of training, e.g. 8; noise costs accuracy"
         },
     )
+    quantization_aware: bool = field(
+        default=False,
+        metadata={
+            "help": "train encoders of texts as they will compute in the int8 of build_mar.sh, and so bear it better"
+        },
+    )
     text_column: str = field(default="text", metadata={"help": "column of the texts"})
     text_pair_column: str | None = field(
         default=None, metadata={"help": "column of the second texts of pairs; found by its name if it has a usual one"}
@@ -194,9 +200,14 @@ class Options:
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema-decay {self.ema_decay:g}: give a number below 1, e.g. 0.99, or 0 for none")
-        for name in ("layers", "teacher", "lora", "wished_precision"):
-            if getattr(self, name) is not None and self.train_file is None:
+        for name in ("layers", "teacher", "lora", "wished_precision", "quantization_aware"):
+            if getattr(self, name) not in (None, False) and self.train_file is None:
                 raise UserError(f"--{name.replace('_', '-')} needs a --train-file: without one nothing is learnt")
+        if self.quantization_aware and self.lora is not None:
+            raise UserError(
+                "--quantization-aware and --lora exclude each other: what int8 rounds are the weights that adapters "
+                "leave as they are; leave out one of them"
+            )
 
     def files(self) -> dict[str, Path]:
         """The data files that were given, by split."""

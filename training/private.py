@@ -58,6 +58,7 @@ def check(options: Options, arguments: TrainerOptions) -> None:
         "--teacher": (options.teacher, "a teacher may have learnt from the same rows, and passes on what it knows"),
         "--class-weights": (options.class_weights, "the weights are those of the rows, without noise"),
         "--from-scratch": (options.from_scratch, "the tokenizer would be made of the words of the rows"),
+        "--quantization-aware": (options.quantization_aware, "its ranges are those of the rows, without noise"),
         "torchrun": (arguments.world_size > 1, "it runs in one process"),
         "--gradient-accumulation-steps": (
             arguments.gradient_accumulation_steps > 1,

@@ -23,7 +23,7 @@ from training.interrupts import end_if_interrupted, remembered
 from training.options import Options, TrainerOptions
 from training.progress import Progress, Steps
 from training.tasks import Splits, TrainingTask
-from training.trainer import choose_weights
+from training.trainer import prepare
 
 if TYPE_CHECKING:
     import optuna
@@ -206,7 +206,7 @@ def _trainer(
         model, _ = task.load(base, splits, options)
         # As where the Trainer of the final training is made: it repeats the best trial.
         transformers.set_seed(arguments.seed)
-        choose_weights(model, options)
+        prepare(model, options)
         transformers.set_seed(arguments.seed)
         return model
 

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback,
 from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from training import adapters, distillation
+from training import adapters, distillation, quantization
 from training.averaging import WeightAverage
 from training.batches import IGNORED, TAUGHT, LengthBuckets, LongestFirst, TokenRows, parts
 from training.errors import UserError
@@ -28,13 +28,14 @@ from training.progress import Progress
 class SafeTrainer(Trainer):
     """Stops before gradients that are no numbers get into the weights; those of a loss that is none are none.
 
-    A model with adapters (LoRA) is an ordinary one when the training is done.
+    A model with adapters (LoRA), or one that computes as in int8, is an ordinary one when the training is done.
     """
 
     def train(self, *arguments: Any, **more: Any) -> Any:
-        """As Trainer's; adapters are added to the weights then."""
+        """As Trainer's; adapters are added to the weights then, and computing as in int8 ends."""
         done = super().train(*arguments, **more)
         adapters.merge(self.model)
+        quantization.remove(self.model)
         return done
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -235,10 +236,10 @@ def weighted(options: Options, labels: Sequence[int], count: int) -> dict[str, A
     return {"compute_loss_func": loss}
 
 
-def choose_weights(model: Any, options: Options) -> None:
-    """What learns: adapters in place of the base model's weights, or all weights but the embeddings of tokens, or all.
+def prepare(model: Any, options: Options) -> None:
+    """Settles how a model learns: all weights, all but the embeddings of tokens, or adapters; and whether as in int8.
 
-    Raises UserError for a model without such embeddings, or without linear layers for adapters.
+    Raises UserError for a model without such embeddings, or without linear layers for the other two.
     """
     if options.freeze_embeddings:
         embeddings = model.get_input_embeddings()
@@ -247,6 +248,8 @@ def choose_weights(model: Any, options: Options) -> None:
         embeddings.requires_grad_(False)
     if options.lora is not None:
         adapters.add(model, options.lora)
+    if options.quantization_aware:
+        quantization.add(model, options.task)
 
 
 def _token_dropout(tokenizer: Any, options: Options, arguments: TrainerOptions) -> float:
@@ -276,7 +279,9 @@ def build(
         raise UserError("--class-weights: this task does not have one label for each row to weigh")
     if options.teacher and not (isinstance(train, TokenRows) and TAUGHT in train[0]):
         raise UserError("--teacher: only classifiers of texts, pairs and tokens learn from one; leave it out")
-    choose_weights(model, options)
+    if options.quantization_aware and arguments.activation_checkpointing:
+        raise UserError("--quantization-aware: what is computed twice moves a range twice; leave out one of both")
+    prepare(model, options)
     callbacks: list[Any] = [Progress()]
     if options.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
