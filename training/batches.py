@@ -125,7 +125,8 @@ class LengthBuckets(Sampler[int]):
         # A smaller one must stay the last: whoever cuts the order into batches counts from its start.
         last = batches.pop() if len(batches[-1]) < self._batch else order[:0]
         places = chance.permutation(len(batches))
-        yield from np.concatenate([*(batches[place] for place in places), last]).tolist()
+        for rows in (*(batches[place] for place in places), last):
+            yield from rows.tolist()
 
 
 class LongestFirst(Sampler[int]):

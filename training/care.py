@@ -5,13 +5,17 @@ Texts are the same if they are but for case and white space.
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
-from typing import Any
+from hashlib import blake2b
+from itertools import combinations, compress, islice
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 SHOWN = 3
@@ -30,6 +34,27 @@ class Row:
 
     texts: tuple[str, ...]
     label: str | None = None
+
+
+class Rows(Sized, Iterable[Row], Protocol):
+    """Rows of a split, a list of them or `Made`."""
+
+
+class Made:
+    """Rows of a data set that are made anew whenever they are gone through: lists of millions would fill the memory.
+
+    make: the rows of a batch, which has the values of each column.
+    """
+
+    def __init__(self, rows: Dataset, make: Callable[[Mapping[str, Sequence[Any]]], Iterable[Row]]) -> None:
+        self._rows, self._make = rows, make
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        for batch in self._rows.iter(_TEXTS_PER_CALL):
+            yield from self._make(batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,42 +109,77 @@ class Findings:
         return "; ".join(said)
 
 
-def examine(splits: Mapping[str, Sequence[Row]]) -> Findings:
+class _Marks(NamedTuple):
+    """What is kept of the rows of a split, each [rows]: digests of texts and label, and what is known about both."""
+
+    texts: NDArray[np.uint64]
+    labels: NDArray[np.uint64]
+    labelled: NDArray[np.bool_]
+    damaged: NDArray[np.bool_]
+
+
+def examine(splits: Mapping[str, Rows]) -> Findings:
     """Looks for repetitions within and between splits, which are in the order train, validation, test."""
-    keys = {name: [normalised(row) for row in rows] for name, rows in splits.items()}
+    marks = {name: _marks(rows) for name, rows in splits.items()}
     duplicates, leaks = {}, {}
     for name, rows in splits.items():
-        # In a dict the last entry of a key stays, and here that is its first place.
-        firsts = {key: place for place, key in reversed(list(enumerate(keys[name])))}
-        again = [row for place, (row, key) in enumerate(zip(rows, keys[name], strict=True)) if firsts[key] < place]
-        if again:
-            duplicates[name] = Finding(len(again), again[:SHOWN])
+        again = np.ones(len(rows), dtype=bool)
+        again[np.unique(marks[name].texts, return_index=True)[1]] = False  # the first place of each text
+        if again.any():
+            duplicates[name] = _finding(rows, again)
     for first, later in combinations(splits, 2):
-        known = set(keys[first])
-        shared = [row for row, key in zip(splits[later], keys[later], strict=True) if key in known]
-        if shared:
-            leaks[first, later] = Finding(len(shared), shared[:SHOWN])
-    labels: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    written: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for name, rows in splits.items():
-        for row, key in zip(rows, keys[name], strict=True):
-            if row.label is not None:
-                labels[key][row.label] += 1
-                written.setdefault(key, row.texts)
-    damaged = {name: [row for row in rows if any(map(_DAMAGED.search, row.texts))] for name, rows in splits.items()}
+        shared = np.isin(marks[later].texts, marks[first].texts)
+        if shared.any():
+            leaks[first, later] = _finding(splits[later], shared)
     return Findings(
         duplicates,
         leaks,
-        {written[key]: counts for key, counts in labels.items() if len(counts) > 1},
-        {name: Finding(len(rows), rows[:SHOWN]) for name, rows in damaged.items() if rows},
+        _conflicts(splits, marks),
+        {name: _finding(rows, marks[name].damaged) for name, rows in splits.items() if marks[name].damaged.any()},
         {name: writing(rows) for name, rows in splits.items() if rows},
     )
 
 
-def writing(rows: Sequence[Row]) -> dict[str, int]:
+def _marks(rows: Rows) -> _Marks:
+    """Goes through the rows once."""
+    size = len(rows)
+    marks = _Marks(np.zeros(size, np.uint64), np.zeros(size, np.uint64), np.zeros(size, bool), np.zeros(size, bool))
+    for place, row in enumerate(rows):
+        marks.texts[place] = _digest(normalised(row))
+        marks.damaged[place] = any(map(_DAMAGED.search, row.texts))
+        if row.label is not None:
+            marks.labels[place], marks.labelled[place] = _digest((row.label,)), True
+    return marks
+
+
+def _digest(words: tuple[str, ...]) -> int:
+    """64 bits: of a million texts two that differ have the same with a probability of 3e-8."""
+    whole = "\n".join(words).encode(errors="surrogatepass")  # no line break is in a normalised text
+    return int.from_bytes(blake2b(whole, digest_size=8).digest())
+
+
+def _finding(rows: Rows, found: NDArray[np.bool_]) -> Finding:
+    """found: whether it is about a row, [rows]."""
+    return Finding(int(found.sum()), list(islice(compress(rows, found), SHOWN)))
+
+
+def _conflicts(splits: Mapping[str, Rows], marks: Mapping[str, _Marks]) -> dict[tuple[str, ...], Counter[str]]:
+    """By text, as it is first written, how many rows have which label, where it is more than one."""
+    pairs = [np.stack([some.texts, some.labels], axis=1)[some.labelled] for some in marks.values()]
+    texts, labels = np.unique(np.concatenate(pairs or [np.zeros((0, 2), np.uint64)]), axis=0).T
+    known, counts = np.unique(texts, return_counts=True)
+    found: dict[int, tuple[tuple[str, ...], Counter[str]]] = {}
+    for name, rows in splits.items() if len(known) < len(labels) else ():
+        several = marks[name].labelled & np.isin(marks[name].texts, known[counts > 1])
+        for row, text in zip(compress(rows, several), marks[name].texts[several].tolist(), strict=True):
+            found.setdefault(text, (row.texts, Counter()))[1][str(row.label)] += 1
+    return dict(found.values())
+
+
+def writing(rows: Rows) -> dict[str, int]:
     """How many of the first rows have most of their letters in which writing system, most frequent first."""
     systems: Counter[str] = Counter()
-    for row in rows[:_ROWS]:
+    for row in islice(rows, _ROWS):
         letters = Counter(_system(letter) for text in row.texts for letter in text[:_START] if letter.isalpha())
         systems[letters.most_common(1)[0][0] if letters else "no letters"] += 1
     return dict(systems.most_common())
@@ -136,11 +196,11 @@ def normalised(row: Row) -> tuple[str, ...]:
     return tuple(" ".join(text.casefold().split()) for text in row.texts)
 
 
-def lengths(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def lengths(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of each row, special ones included, before anything is cut."""
     found: list[int] = []
-    for start in range(0, len(rows), _TEXTS_PER_CALL):
-        batch = [row.texts for row in rows[start : start + _TEXTS_PER_CALL]]
+    texts = (row.texts for row in rows)
+    while batch := list(islice(texts, _TEXTS_PER_CALL)):
         columns = [list(column) for column in zip(*batch, strict=True)]
         found += map(len, tokenizer(*columns, truncation=False, verbose=False)["input_ids"])
     return found

@@ -5,20 +5,26 @@ import json
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
-from datasets import ClassLabel, Dataset
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, DatasetInfo, Features
+from datasets.fingerprint import generate_random_fingerprint
 
 from training.errors import UserError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _SHOWN_ROWS = 5
+# Rows of a table that are in memory at once.
+_CHUNK = 50_000
 
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by us
@@ -50,19 +56,48 @@ def _read_table(path: Path, separator: str) -> Dataset:
     with warnings.catch_warnings():
         # A row with more fields than the header, which would lose some of them.
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, index_col=False)
-    return Dataset.from_pandas(frame, preserve_index=False)
+        frames = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, index_col=False, chunksize=_CHUNK)
+        return _on_disk(pa.Table.from_pandas(frame, preserve_index=False) for frame in frames)
 
 
 def _read_records(path: Path, builder: str) -> Dataset:
     """A jsonl, json or parquet file."""
     if path.suffix.lower() == ".jsonl":
         _check_lines(path)
-    # A cache of its own, in memory: a changed file is never answered from an old one.
+    # A cache of its own: a changed file is never answered from an old one.
     with tempfile.TemporaryDirectory() as cache:
-        return datasets.load_dataset(
-            builder, data_files=glob.escape(str(path)), split="train", cache_dir=cache, keep_in_memory=True
-        )
+        rows = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", cache_dir=cache)
+        return _made(rows.data.table, rows.features)
+
+
+def mapped(rows: Dataset, function: Callable[[dict[str, Any]], dict[str, Any]], remove: Sequence[str]) -> Dataset:
+    """What a function makes of batches of the rows. remove: columns that it has no more use for.
+
+    Like what `read` gives it is a file that is mapped into memory and has no name any more: whatever ends the process,
+    nothing is left behind. TMPDIR says on which disk.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "rows.arrow")
+        made = rows.map(function, batched=True, remove_columns=list(remove), cache_file_name=file)
+        return _made(made.data.table, made.features)
+
+
+def _on_disk(tables: Iterable[pa.Table]) -> Dataset:
+    """Tables of the same columns, one after the other, as `mapped` keeps them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, parts = str(Path(folder) / "rows.arrow"), iter(tables)
+        first = next(parts)
+        with pa.ipc.new_file(file, first.schema) as writer:
+            for part in chain([first], parts):
+                writer.write_table(part)
+        return _made(pa.ipc.open_file(pa.memory_map(file)).read_all())
+
+
+def _made(table: pa.Table, features: Features | None = None) -> Dataset:
+    """A data set of a table, which takes it for one in memory, and so puts no file of its own beside a mapped one."""
+    # A random one: else all the data would be copied to be hashed.
+    fingerprint = generate_random_fingerprint()
+    return Dataset(table.replace_schema_metadata(), DatasetInfo(features=features), fingerprint=fingerprint)
 
 
 def _check_lines(path: Path) -> None:
@@ -120,15 +155,21 @@ def check_texts_and_labels(data: Dataset, path: Path, *, skip_bad_rows: bool) ->
     Raises UserError, naming the rows, for empty texts and missing labels unless they are to be skipped; and for
     labels that are numbers with a fraction, lists or objects.
     """
-    frame = data.to_pandas()
+    texts = [name for name in ("text", "text_pair") if name in data.column_names]
+    frame = data.select_columns("label").to_pandas()
     assert isinstance(frame, pd.DataFrame)
     if frame["label"].map(pd.api.types.is_list_like).any():
         raise UserError(f"{path}: labels are lists or objects; text-classification needs names or integers")
     feature = data.features["label"]
     if isinstance(feature, ClassLabel):
         frame["label"] = [None if value < 0 else feature.names[value] for value in frame["label"]]
-    texts = [name for name in ("text", "text_pair") if name in frame]
-    bad_text = frame[texts].map(lambda value: not isinstance(value, str) or not value.strip()).any(axis=1)
+    bad_text = pd.Series(
+        [
+            not all(isinstance(text, str) and text.strip() for text in row)
+            for batch in data.select_columns(texts).iter(_CHUNK)
+            for row in zip(*batch.values(), strict=True)
+        ]
+    )
     written = frame["label"].map(lambda value: "" if pd.isna(value) else str(value).strip())
     # In a csv file labels are strings: numbers may be nan, and 1.0 where 1 is meant.
     numbers = bool(written.str.fullmatch(r"(-?\d+(\.\d+)?|nan)?", case=False).all())
@@ -137,17 +178,19 @@ def check_texts_and_labels(data: Dataset, path: Path, *, skip_bad_rows: bool) ->
         _refuse(path, bad_text, "an empty text, or one that is not a string")
         _refuse(path, bad_label, "no label (empty, null or NaN)")
     bad = bad_text | bad_label
-    frame = frame[~bad].reset_index(drop=True)
-    if frame.empty:
+    if bad.all():
         raise UserError(f"{path}: no row has both a text and a label")
-    labels = frame["label"]
+    labels = frame["label"][~bad]
     if pd.api.types.is_float_dtype(labels) or (numbers and written.str.contains(".", regex=False).any()):
         labels = labels.astype(float)
         if not (labels % 1 == 0).all():  # infinities fail as well
             raise UserError(f"{path}: labels are numbers with a fraction; text-classification needs names or integers")
         labels = labels.astype(int)
-    frame["label"] = labels.map(lambda value: str(value).strip())
-    return Dataset.from_pandas(frame[[*texts, "label"]], preserve_index=False), int(bad.sum())
+    table = data.data.table.select(texts)
+    if bad.any():
+        table = table.filter(pa.array(~bad))
+    names = pa.array(labels.map(lambda value: str(value).strip()), pa.string())
+    return _made(table.append_column("label", names)), int(bad.sum())
 
 
 def good_rows(
@@ -187,9 +230,13 @@ def label_names(labels: Sequence[str]) -> list[str]:
 
 def encode_labels(data: Dataset, names: Sequence[str], path: Path) -> Dataset:
     """Labels as class indices. Raises UserError for a label that training has not seen."""
-    if unseen := sorted(set(data["label"]) - set(names)):
+    if unseen := sorted(set(data.unique("label")) - set(names)):
         raise UserError(f"{path}: labels that the training data does not have: {', '.join(map(repr, unseen))}")
-    return data.cast_column("label", ClassLabel(names=list(names)))
+    # `cast_column` would copy the texts, too.
+    table, features = data.data.table, Features({**data.features, "label": ClassLabel(names=list(names))})
+    column = table.column("label")
+    places = pc.index_in(column, pa.array(names, column.type)).cast(pa.int64())
+    return _made(table.set_column(table.column_names.index("label"), "label", places), features)
 
 
 def split_validation(data: Dataset, share: float, seed: int, path: Path) -> tuple[Dataset, Dataset]:
@@ -198,7 +245,7 @@ def split_validation(data: Dataset, share: float, seed: int, path: Path) -> tupl
     Raises UserError if a class is too small to be in both.
     """
     names = data.features["label"].names
-    counts = Counter(data["label"])
+    counts = Counter(data["label"][:])
     if single := [names[index] for index, count in counts.items() if count < 2]:
         raise UserError(
             f"{path}: only one example of {', '.join(map(repr, sorted(single)))}, so it cannot be in both training and "
@@ -217,5 +264,5 @@ def split_validation(data: Dataset, share: float, seed: int, path: Path) -> tupl
 def balance(data: Dataset) -> dict[str, int]:
     """Rows per label name, in label order."""
     names = data.features["label"].names
-    counts = Counter(data["label"])
+    counts = Counter(data["label"][:])
     return {name: counts[index] for index, name in enumerate(names)}

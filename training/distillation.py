@@ -17,7 +17,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from training import base_model, models
+from training import base_model, data, models
 from training.batches import IGNORED, LongestFirst, Padding, TokenRows, parts
 from training.errors import UserError
 from training.options import Options, TrainerOptions
@@ -54,7 +54,7 @@ class Teacher:
             texts = [batch[name] for name in columns]
             return dict(self.tokenizer(*texts, truncation=True, max_length=length, return_attention_mask=False))
 
-        return self._judge(rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True))
+        return self._judge(data.mapped(rows, tokenize, rows.column_names))
 
     def judge_tokens(self, rows: Dataset, length: int) -> Logits:
         """Logits of token sequences (`input_ids` and what else a model takes), each [tokens, labels].

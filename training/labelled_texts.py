@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 from datasets import ClassLabel, Dataset, List, Value
 
 from training import data
@@ -35,6 +36,7 @@ _METRICS: dict[str, tuple[str, ...]] = {MULTI: ("macro_f1", "micro_f1", "exact_m
 _PRIMARY: dict[str, str] = {MULTI: "macro_f1", REGRESSION: "r2"}
 _TEXT, _PAIR, _LABEL = "text", "text_pair", "label"
 _LABELS = "labels"
+_BATCH = 1000
 _NUMBER = re.compile(r"-?\d+(\.\d+)?|nan|", re.IGNORECASE)
 
 
@@ -65,7 +67,7 @@ def read(options: Options, seed: int, base: BaseModel, labels: list[str] | None 
         labels = base.labels()
     encoded = {name: _encoded(rows, labels, kind, files[name]) for name, rows in raw.items()}
     train, validation = encoded.get("train"), encoded.get("validation")
-    if train is not None and len(train) > 1 and all(len(train.unique(name)) == 1 for name in text_columns(train)):
+    if train is not None and len(train) > 1 and all(_is_constant(train, name) for name in text_columns(train)):
         raise UserError(f"{files['train']}: all rows have the same text; there is nothing to tell apart")
     if train is not None and validation is None:
         train, validation = _split(train, kind, options.validation_share, seed, files["train"])
@@ -101,13 +103,16 @@ def inputs(rows: Dataset, longest: int) -> list[Any]:
 
 def targets(rows: Dataset, labels: Sequence[str]) -> list[Any]:
     """What is to be learnt of each row that `read` gave: the name of its label, a list of names, or a number."""
-    values: list[Any] = rows[_LABEL][:]
-    kind = problem(rows)
+    return named(rows[_LABEL][:], problem(rows), labels)
+
+
+def named(values: Sequence[Any], kind: Problem, labels: Sequence[str]) -> list[Any]:
+    """`targets` of some values of the column `label`."""
     if kind == SINGLE:
         return [labels[label] for label in values]
     if kind == MULTI:
         return [[label for label, mark in zip(labels, marks, strict=True) if mark] for marks in values]
-    return values
+    return list(values)
 
 
 def _columns(found: Sequence[str], path: Path, options: Options) -> dict[str, str]:
@@ -126,7 +131,8 @@ def _columns(found: Sequence[str], path: Path, options: Options) -> dict[str, st
 
 def _guess(rows: Dataset) -> str:
     """What the labels of the training data, as they are in the file, ask for."""
-    values = [value for value in rows[_LABEL] if value is not None]
+    nested = pa.types.is_nested(rows.data.schema.field(_LABEL).type)
+    values = [value for value in (rows[_LABEL][:] if nested else rows.unique(_LABEL)) if value is not None]
     if any(_as_list(value) is not None for value in values):
         return MULTI
     if isinstance(rows.features[_LABEL], ClassLabel) or not all(_NUMBER.fullmatch(_written(value)) for value in values):
@@ -174,7 +180,7 @@ def _checked(rows: Dataset, path: Path, kind: str, *, skip_bad_rows: bool) -> tu
 
 def _label_names(rows: Dataset, kind: str, column: str, path: Path) -> list[str]:
     """Names of the model's labels, from the training data; a regression's one is that of its column."""
-    values = rows[_LABEL]
+    values = rows.unique(_LABEL) if kind == SINGLE else rows[_LABEL][:]
     if kind == REGRESSION:
         if len(set(values)) < 2:
             raise UserError(f"{path}: all rows have the value {values[0]:g}; there is nothing to learn")
@@ -239,6 +245,12 @@ def _as_number(value: Any) -> float | None:
 def _names(labels: Sequence[Any], names: Sequence[str] | None) -> list[str]:
     """The labels of one row as strings; `names`: those that integers stand for in a parquet file of the hub."""
     return [names[label] if names is not None else str(label).strip() for label in labels]
+
+
+def _is_constant(rows: Dataset, name: str) -> bool:
+    """Whether all rows have the same value in a column."""
+    first = rows[0][name]
+    return all(value == first for batch in rows.select_columns(name).iter(_BATCH) for value in batch[name])
 
 
 def _written(value: Any) -> str:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from training.base_model import BaseModel
-from training.care import Row
+from training.care import Rows
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 
@@ -80,7 +80,7 @@ class TrainingTask(ABC):
         """Rows (or entities) per label, in label order; {} where that says nothing."""
         return {}
 
-    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> Rows:
         """Rows as `care` compares them; [] where they are no texts, or one text that is cut anywhere."""
         return []
 

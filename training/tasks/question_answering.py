@@ -28,7 +28,7 @@ from transformers import (
 from training import data, models, trainer
 from training.base_model import BaseModel
 from training.batches import Padding, TokenRows
-from training.care import Row
+from training.care import Made, Row, Rows
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
@@ -69,9 +69,9 @@ class QuestionAnswering(TrainingTask):
             train, validation = _split(train, options.validation_share, seed, Path(str(options.train_file)))
         return Splits(train, validation, splits.get("test"), [], skipped)
 
-    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> Rows:
         """A question and its context. Several answers may be right."""
-        return [Row(pair) for pair in zip(rows["question"], rows["context"], strict=True)]
+        return Made(rows, lambda batch: map(Row, zip(batch["question"], batch["context"], strict=True)))
 
     def load(
         self, base: BaseModel, splits: Splits, options: Options
@@ -129,7 +129,7 @@ class QuestionAnswering(TrainingTask):
         def features(rows: Dataset | None) -> TokenRows | None:
             if rows is None:
                 return None
-            return TokenRows(rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True))
+            return TokenRows(data.mapped(rows, tokenize, rows.column_names))
 
         return trainer.build(
             model,

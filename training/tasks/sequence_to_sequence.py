@@ -21,7 +21,7 @@ from transformers import (
 
 from training import data, models, trainer
 from training.base_model import BaseModel
-from training.care import Row
+from training.care import Made, Row, Rows
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
@@ -74,9 +74,9 @@ class SequenceToSequence(TrainingTask):
             "name yours with --text-column and --target-column"
         )
 
-    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> Rows:
         """The text alone, without a prefix. Several answers may be right."""
-        return [Row((text,)) for text in rows["text"]]
+        return Made(rows, lambda batch: [Row((text,)) for text in batch["text"]])
 
     def load(
         self, base: BaseModel, splits: Splits, options: Options

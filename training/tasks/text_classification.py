@@ -1,7 +1,7 @@
 """Fine-tunes a model to put a label, several labels or a number on a text or a pair of texts."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from handler.tasks.text_classification import activate
 from training import calibration, data, distillation, evaluation, labelled_texts, models, trainer
 from training.base_model import BaseModel
 from training.batches import Padding, TokenRows
-from training.care import Row
+from training.care import Made, Row, Rows
 from training.errors import UserError
 from training.labelled_texts import MULTI, REGRESSION, SINGLE
 from training.options import Options, TrainerOptions
@@ -55,21 +55,23 @@ class TextClassification(TrainingTask):
             return dict(zip(labels, np.sum(rows["label"][:], axis=0).astype(int).tolist(), strict=True))
         return data.balance(rows) if kind == SINGLE else {}
 
-    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> Rows:
         """A text or pair, and its label, its labels or its number."""
-        targets = labelled_texts.targets(rows, labels)
-        texts = zip(*(rows[name] for name in labelled_texts.text_columns(rows)), strict=True)
-        return [
-            Row(text, ", ".join(target) if isinstance(target, list) else str(target))
-            for text, target in zip(texts, targets, strict=True)
-        ]
+        columns, kind = labelled_texts.text_columns(rows), labelled_texts.problem(rows)
+
+        def make(batch: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
+            texts = zip(*(batch[name] for name in columns), strict=True)
+            for text, target in zip(texts, labelled_texts.named(batch["label"], kind, labels), strict=True):
+                yield Row(text, ", ".join(target) if isinstance(target, list) else str(target))
+
+        return Made(rows, make)
 
     def load(
         self, base: BaseModel, splits: Splits, options: Options
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A sequence classifier with the labels of the data."""
         rows = splits.train
-        texts = [text for name in labelled_texts.text_columns(rows) for text in rows[name]] if rows else ()
+        texts = (text for name in labelled_texts.text_columns(rows) for text in rows[name]) if rows else ()
         tokenizer = models.load_tokenizer(base, self.purpose, texts)
         model = models.load(
             base,
@@ -131,8 +133,7 @@ class TextClassification(TrainingTask):
         def features(rows: Dataset | None, teacher: distillation.Teacher | None = None) -> TokenRows | None:
             if rows is None:
                 return None
-            tokenized = rows.map(tokenize, batched=True, remove_columns=columns, keep_in_memory=True)
-            tokenized = tokenized.rename_column("label", "labels")
+            tokenized = data.mapped(rows, tokenize, columns).rename_column("label", "labels")
             if teacher is None:
                 return TokenRows(tokenized)
             return TokenRows(tokenized, teacher.judge_texts(rows, columns, settings["max_length"]))

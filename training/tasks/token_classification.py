@@ -8,7 +8,7 @@ import random
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from transformers import (
 from training import data, distillation, evaluation, models, trainer
 from training.base_model import BaseModel
 from training.batches import IGNORED, Padding, TokenRows
-from training.care import Row
+from training.care import Made, Row, Rows
 from training.errors import UserError
 from training.options import Options, TrainerOptions
 from training.tasks import Splits, TrainingTask
@@ -78,11 +78,14 @@ class TokenClassification(TrainingTask):
         found = Counter(tag[2:] for tags in rows["tags"] for tag in tags if tag.startswith("B-"))
         return {kind: found[kind] for kind in _types(labels)}
 
-    def compared(self, rows: Dataset, labels: Sequence[str]) -> list[Row]:
+    def compared(self, rows: Dataset, labels: Sequence[str]) -> Rows:
         """Tokens joined by a space, and their tags."""
-        return [
-            Row((" ".join(tokens),), " ".join(tags)) for tokens, tags in zip(rows["tokens"], rows["tags"], strict=True)
-        ]
+
+        def make(batch: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
+            for tokens, tags in zip(batch["tokens"], batch["tags"], strict=True):
+                yield Row((" ".join(tokens),), " ".join(tags))
+
+        return Made(rows, make)
 
     def load(
         self, base: BaseModel, splits: Splits, options: Options
@@ -150,7 +153,7 @@ class TokenClassification(TrainingTask):
         def features(rows: Dataset | None, teacher: distillation.Teacher | None = None) -> TokenRows | None:
             if rows is None:
                 return None
-            windows = rows.map(tokenize, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
+            windows = data.mapped(rows, tokenize, rows.column_names)
             # A window that is all one long word's, whose label is in another, teaches nothing; its loss is no number.
             windows = windows.filter(_has_label, input_columns="labels", keep_in_memory=True)
             if teacher is None:
