@@ -1,4 +1,4 @@
-"""What making a model smaller costs and gives: fewer layers, a teacher, adapters (LoRA), int8.
+"""What making a model smaller costs and gives: fewer layers, a teacher, adapters (LoRA), int8, training for int8.
 
 SST-2 and MiniLM. Each model is trained by train.py and built for OpenVINO by build_mar.sh. What is compared is what is
 served: the size of the archive, texts a second through its engine in this process, and the accuracy on the dev split,
@@ -62,6 +62,7 @@ WAYS = {
     "distilled": Way("3 layers, the first row as teacher", ("--layers", "3", "--teacher", f"{{}}/{TEACHER}")),
     "lora": Way("6 layers, adapters of rank 8", ("--lora", "8")),
     "int8": Way("the first row in int8", bundle=TEACHER, precision="int8"),
+    "aware": Way("6 layers, quantization-aware, in int8", ("--quantization-aware", "true"), precision="int8"),
 }
 
 

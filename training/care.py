@@ -202,5 +202,8 @@ def lengths(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     texts = (row.texts for row in rows)
     while batch := list(islice(texts, _TEXTS_PER_CALL)):
         columns = [list(column) for column in zip(*batch, strict=True)]
-        found += map(len, tokenizer(*columns, truncation=False, verbose=False)["input_ids"])
+        encoded = tokenizer(
+            *columns, truncation=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
+        )
+        found += map(len, encoded["input_ids"])
     return found

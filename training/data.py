@@ -56,8 +56,9 @@ def _read_table(path: Path, separator: str) -> Dataset:
     with warnings.catch_warnings():
         # A row with more fields than the header, which would lose some of them.
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        frames = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, index_col=False, chunksize=_CHUNK)
-        return _on_disk(pa.Table.from_pandas(frame, preserve_index=False) for frame in frames)
+        asis: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False}
+        with pd.read_csv(path, sep=separator, chunksize=_CHUNK, **asis) as frames:
+            return _on_disk(pa.Table.from_pandas(frame, preserve_index=False) for frame in frames)
 
 
 def _read_records(path: Path, builder: str) -> Dataset:
