@@ -127,8 +127,8 @@ def clipped(step: Step, norm: float) -> torch.Tensor:
     return total / BATCH
 
 
-@pytest.mark.parametrize("kind", ["one", "several"])
-def test_each_row_is_clipped(kind: str, train: Any, tmp_path: Path, steps: list[Step]) -> None:
+@pytest.mark.parametrize(("kind", "norm"), [("one", 20.0), ("several", 2.0)])
+def test_each_row_is_clipped(kind: str, norm: float, train: Any, tmp_path: Path, steps: list[Step]) -> None:
     """In parts, too: the gradient is that of a plain loop over the rows."""
     files = {}
     if kind == "several":
@@ -140,14 +140,13 @@ def test_each_row_is_clipped(kind: str, train: Any, tmp_path: Path, steps: list[
                 for word in ("slow", "warm")
             ]
             files[name].write_text("\n".join(map(json.dumps, rows)))
-    norm = 2.0
     how = ("--max-grad-norm", norm, "--most-tokens", 48, "--max-steps", 3, *NO_CHECKPOINTS)
     train(tmp_path / "bundle", *how, epsilon=NO_NOISE, **files)
     norms = torch.stack([row.norm() for step in steps for row in step.rows])
     assert (norms > norm).any()
     assert len(norms) > len(steps)
     for step in steps:
-        torch.testing.assert_close(step.given, clipped(step, norm), atol=2e-5, rtol=1e-3)
+        torch.testing.assert_close(step.given, clipped(step, norm), atol=1e-5 * norm, rtol=1e-3)
     if kind == "one":
         assert (norms < norm).any(), "a row that is not clipped"
         assert not torch.allclose(flat(steps[0].rows[:1]), steps[0].given, atol=1e-3)
