@@ -200,7 +200,8 @@ class PrivateTrainer(TokenTrainer):
         assert self._guarantee is not None
         model.train()
         batch = self._hidden(self._prepare_inputs(inputs))
-        learning = [weight for weight in model.parameters() if weight.requires_grad]
+        # Opacus keeps what is a row's, and their sum, beside the gradients.
+        learning: list[Any] = [weight for weight in model.parameters() if weight.requires_grad]
         rows, width = batch["input_ids"].shape
         most_rows = max(1, _MOST_NUMBERS // sum(weight.numel() for weight in learning))
         for weight in learning:
@@ -235,7 +236,7 @@ class PrivateTrainer(TokenTrainer):
         """As Trainer's; settles and says the guarantee, because now the number of steps is known."""
         from opacus.optimizers import DPOptimizer
 
-        prepared = super()._prepare_for_training(max_steps, *more)
+        prepared = super()._prepare_for_training(max_steps, *more)  # type: ignore[no-untyped-call]
         rows: Any = self.train_dataset
         found = guarantee(self._epsilon, len(rows), self.args.train_batch_size, max_steps, self.args.max_grad_norm)
         if self._resumed is not None and self._resumed != asdict(found):
