@@ -77,7 +77,8 @@ def check(options: Options, arguments: TrainerOptions) -> None:
         if given:
             raise UserError(f"--private-epsilon and {name} do not go together: {why}")
     if arguments.optim not in _OPTIMISERS:
-        raise UserError(f"--private-epsilon takes --optim {', '.join(_OPTIMISERS)}, not {OptimizerNames(arguments.optim).value}")
+        asked = OptimizerNames(arguments.optim).value
+        raise UserError(f"--private-epsilon takes --optim {', '.join(_OPTIMISERS)}, not {asked}")
     if not 0 < arguments.max_grad_norm < 1e9:
         raise UserError("--private-epsilon needs a --max-grad-norm, e.g. 1: the norm that each row's gradient may have")
 
