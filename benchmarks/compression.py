@@ -79,7 +79,8 @@ def train(name: str, files: Sequence[str], work: Path, quick: bool) -> dict[str,
     command = [sys.executable, "train.py", "--task", _TASK, *files, *options, "--seed", str(SEED)]
     printed = call([*command, "--output-dir", str(place), *(_QUICK if quick else _FULL)])
     with safe_open(place / "model.safetensors", "np") as weights:
-        shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118
+        names = [key for key in weights.keys() if not key.endswith("word_embeddings.weight")]  # noqa: SIM118
+        shapes = [weights.get_slice(key).get_shape() for key in names]
     told = _LEARNING.search(printed)
     learnt = int(told[1].replace(",", "")) if told else sum(map(math.prod, shapes))
     metrics = json.loads((place / "metrics.json").read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from training import adapters
 from training.interrupts import end_if_interrupted
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -24,9 +25,9 @@ class Steps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         self._last_line = time.monotonic()
-        sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
-        if state.is_world_process_zero and not all(learns for _, learns in sizes):
-            everything, learning = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+        if state.is_world_process_zero and (learnt := adapters.learnt(model)) is not None:
+            everything = sum(weight.numel() for weight in model.parameters())
+            learning = sum(weight.numel() for weight in learnt.values())
             print(f"  {learning:,} of {everything:,} weights learn", flush=True)
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
