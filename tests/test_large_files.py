@@ -18,7 +18,7 @@ from training.options import Options
 from training.tasks.text_classification import TextClassification
 
 # Bytes of Python, numpy and Arrow together that a row of some hundred bytes may cost at most, where it is most.
-MOST = 600
+MOST = 300
 
 
 @pytest.fixture
