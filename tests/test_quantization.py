@@ -145,7 +145,7 @@ def test_the_bundle_is_an_ordinary_model(
 
     monkeypatch.setattr(quantization, "remove", look)
     how = ("--validation-file", wrong, "--metric-for-best-model", "loss", "--learning-rate", 0.02, "--bf16", "false")
-    train(data, place, base, *AWARE, *EACH_EPOCH, *how, "--save-total-limit", 5)
+    train(data, place, base, *AWARE, *EACH_EPOCH, *how, "--ema-decay", 0, "--save-total-limit", 5)
     metrics = json.loads((place / "metrics.json").read_text())
     losses = [epoch["eval_loss"] for epoch in metrics["epochs"]]
     best, last = seen["saved"][int(np.argmin(losses))], seen["saved"][-1]
