@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from training import layers, scratch
@@ -91,6 +92,12 @@ def has_labels(base: BaseModel, labels: Sequence[str]) -> bool:
         return base.spec is None and base.labels() == list(labels)
     except UserError:
         return False
+
+
+def head(model: Any) -> nn.Linear:
+    """The layer that gives the logits."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return next(layer for layer in reversed(layers) if layer.out_features == model.config.num_labels)
 
 
 def set_bias(head: Any, bias: NDArray[np.float64]) -> None:

@@ -114,7 +114,7 @@ class TextClassification(TrainingTask):
         kind = labelled_texts.problem(splits.train)
         if options.wished_precision is not None and kind != SINGLE:
             raise UserError("--wished-precision is for one label of several, which these rows do not have")
-        mean, deviation = _scale(splits.train, _head(model)) if kind == REGRESSION else (0.0, 1.0)
+        mean, deviation = _scale(splits.train, models.head(model)) if kind == REGRESSION else (0.0, 1.0)
         if options.teacher and kind == REGRESSION:
             raise UserError("--teacher: a number is not learnt from one; leave it out")
         if options.private_epsilon is not None and kind == REGRESSION:
@@ -158,7 +158,7 @@ class TextClassification(TrainingTask):
         A regression's head is brought to the scale of the data.
         """
         assert splits.train is not None
-        kind, head = labelled_texts.problem(splits.train), _head(trainer.model)
+        kind, head = labelled_texts.problem(splits.train), models.head(trainer.model)
         if kind == REGRESSION:
             mean, deviation = _scale(splits.train, head)
             _rescale(head, deviation, mean)
@@ -239,7 +239,7 @@ _METRICS: dict[str, Callable[[EvalPrediction], dict[str, float]]] = {
 
 def _prepare_head(model: PreTrainedModel, rows: Dataset, *, fresh: bool, blank: bool) -> None:
     """Gives the head what is known before training. blank: whether that must not be how frequent each label is."""
-    kind, head = labelled_texts.problem(rows), _head(model)
+    kind, head = labelled_texts.problem(rows), models.head(model)
     if kind == REGRESSION:
         if not fresh:
             mean, deviation = _scale(rows, head)
@@ -267,12 +267,6 @@ def _abstention(scores: NDArray[np.float64], targets: NDArray[np.int64], wished:
         f'with "threshold": "learned" {found.coverage:.1%} of validation is answered, where the score is at least '
         f"{found.threshold:.3f}, and {found.precision:.1%} of the answers are right"
     )
-
-
-def _head(model: Any) -> nn.Linear:
-    """The layer that gives the logits."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return next(layer for layer in reversed(layers) if layer.out_features == model.config.num_labels)
 
 
 def _scale(rows: Dataset, head: nn.Linear) -> tuple[float, float]:
