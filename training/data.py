@@ -74,8 +74,8 @@ def _read_records(path: Path, builder: str) -> Dataset:
 def mapped(rows: Dataset, function: Callable[[dict[str, Any]], dict[str, Any]], remove: Sequence[str]) -> Dataset:
     """What a function makes of batches of the rows. remove: columns that it has no more use for.
 
-    Like what `read` gives it is a file that is mapped into memory and has no name any more: whatever ends the process then,
-    nothing is left behind. TMPDIR says on which disk.
+    Like what `read` gives it is a file that is mapped into memory and has no name any more: whatever ends the process
+    then, nothing is left behind. TMPDIR says on which disk.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "rows.arrow")
