@@ -81,6 +81,7 @@ def untrained(sentences: list[str], tmp_path_factory: pytest.TempPathFactory) ->
             tokenizer,
             id2label=dict(enumerate(LABELS)),
             label2id={label: index for index, label in enumerate(LABELS)},
+            initializer_range=0.02,
         )
         model = AutoModelForTokenClassification.from_config(config)
         model.classifier.weight.data *= 60

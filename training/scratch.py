@@ -167,7 +167,8 @@ def build_config(spec: Spec, tokenizer: PreTrainedTokenizerBase | None = None, *
         vocabulary = dict.fromkeys((name for name, value in ids.items() if isinstance(value, int) and value > 0), 0)
     config = AutoConfig.for_model(spec.model_type, **(spec.sizes | vocabulary | changes))
     for name in ("initializer_range", "init_std"):
-        if hasattr(config, name) and name not in spec.sizes and isinstance(getattr(config, "hidden_size", None), int):
+        given = name in spec.sizes or name in changes
+        if hasattr(config, name) and not given and isinstance(getattr(config, "hidden_size", None), int):
             setattr(config, name, math.sqrt(_INITIAL_VARIANCE / config.hidden_size))
     return config
 
