@@ -128,8 +128,9 @@ def test_a_killed_and_an_interrupted_search_go_on(
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.checkpoints"]
-    assert {path.name for path in checkpoints.iterdir()} <= {"search.journal", "search.journal.lock"}
+    assert all(path.name.startswith("search.journal") for path in checkpoints.iterdir())
     journal = checkpoints / "search.journal"
+    (checkpoints / "search.journal.1.rename").touch()  # of a lock, if the kill comes while it is given back
     journal.write_text(journal.read_text() + '{"op_code": 4, "wor')  # what a kill leaves that comes amid writing
     resumed = ("--search", TRIALS, *BY_LOSS, "--resume-from-checkpoint", "true")
 

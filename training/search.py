@@ -226,7 +226,8 @@ def _storage(arguments: TrainerOptions) -> "JournalStorage":
 
     path = Path(str(arguments.output_dir)) / resuming.SEARCH
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # what a kill may leave; nobody else uses the file
+    for left in path.parent.glob(f"{path.name}.*"):  # locks that a kill has left; nobody else uses the file
+        left.unlink()
     if not resuming.wanted(arguments):
         path.unlink(missing_ok=True)
     elif path.exists():
