@@ -20,8 +20,8 @@ from training.interrupts import INTERRUPTED
 
 BATCH = 32
 _TAKEN = ("learning_rate", "num_train_epochs", "max_steps")
-# Kernel and dropout that a model has of its own; what moves images and sounds is ours.
-_MODEL = ("--attention", "sdpa", "--attention-dropout", "0.1", "--augment", "false")
+# Kernel and dropout that a model has of its own, and all weights learn; what moves images and sounds is ours.
+_MODEL = ("--attention", "sdpa", "--attention-dropout", "0.1", "--augment", "false", "--freeze-embeddings", "false")
 
 
 def train_stock(argv: Sequence[str]) -> float:
