@@ -31,10 +31,11 @@ def serve(argv: Sequence[str]) -> None:
         serve_behind_front(archives, arguments)
         return
     archives = admitted(archives, arguments)
-    started = time.monotonic()
-    server, logs = start(archives, config, tokens=not arguments.no_auth, trust=arguments.trust)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    started = time.monotonic()
+    server = None
     try:
+        server, logs = start(archives, config, tokens=not arguments.no_auth, trust=arguments.trust)
         wait_until_ready(server, archives, logs, arguments.timeout)
         if arguments.trust is not None:
             trust.remember(archives)
@@ -47,7 +48,8 @@ def serve(argv: Sequence[str]) -> None:
         if arguments.foreground:
             stay(server)
     except BaseException:
-        server.stop()
+        if (ours := server or Server.running()) is not None:
+            ours.stop()
         raise
 
 

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ _OLD_CONSOLES = 5
 # What TorchServe writes at each start.
 KEYS = Path("key_file.json")
 _SECONDS_TO_STOP = 30
+_SIGNALS_TO_END = (signal.SIGINT, signal.SIGTERM)
 # The kernel's limit, and what TorchServe calls the sockets of its workers.
 _LONGEST_SOCKET_PATH, _SOCKET = 107, ".ts.sock.99999"
 
@@ -206,12 +209,28 @@ def folder_for_sockets(prefix: str) -> Path:
     return folder
 
 
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """SIGINT and SIGTERM amid this are handled at its end; for the main thread alone, as every handler is."""
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda n, _: came.append(n)) for number in _SIGNALS_TO_END}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
+@_signals_later()
 def start(
     archives: Sequence[Archive], config: Path, *, tokens: bool, trust: Path | None = None
 ) -> tuple[Server, "Logs"]:
     """Starts TorchServe on verified archives of `STORE`; it is not ready yet.
 
-    trust: the key that has signed them. Raises ServerError if it does not start at all.
+    trust: the key that has signed them. Raises ServerError if it does not start at all. A signal to end is raised
+    when the process is written down, so that `Server.running` finds it.
     """
     addresses = Addresses.read(config)
     # Its own, so that two servers on one machine do not share sockets.

@@ -28,8 +28,11 @@ from training.errors import UserError
 from training.options import Options
 
 LABELS = ("negative", "positive")
-# All rows in one step, after which the weights are those from before; no dropout in `CALM` models.
-ONE_STEP = ("--per-device-train-batch-size", 100, "--max-steps", 1, "--learning-rate", 1e-12, "--bf16", "false")
+# All rows in one step, after which the weights are those from before; no dropout of tokens, and none in `CALM` models.
+ONE_STEP = (
+    *("--per-device-train-batch-size", 100, "--max-steps", 1, "--learning-rate", 1e-12),
+    *("--bf16", "false", "--token-dropout", 0),
+)
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 

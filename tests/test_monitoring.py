@@ -147,17 +147,28 @@ def url(served: Served, prometheus: None, tmp_path_factory: pytest.TempPathFacto
             stdout=log,
             stderr=log,
         )
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(timeout=30)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(url)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        with suppress(requests.ConnectionError):
+            if requests.get(f"{url}/-/ready", timeout=10).ok:
+                return
+        assert time.monotonic() < deadline, "Prometheus does not start"
+        time.sleep(0.1)
 
 
 def query(url: str, expression: str) -> list[Any]:
-    """The result of an instant query; [] as long as there is no server yet."""
-    try:
-        answer = requests.get(f"{url}/api/v1/query", params={"query": expression}, timeout=10)
-    except requests.ConnectionError:
-        return []
+    """The result of an instant query."""
+    answer = requests.get(f"{url}/api/v1/query", params={"query": expression}, timeout=10)
     assert answer.status_code == 200, f"{expression}: {answer.text}"
     found: list[Any] = answer.json()["data"]["result"]
     return found
