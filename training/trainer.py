@@ -90,6 +90,8 @@ class TokenTrainer(SafeTrainer):
     ) -> None:
         super().__init__(*arguments, **more)
         self._most_tokens, self._token_dropout, self._head_ratio = most_tokens, token_dropout, head_ratio
+        tokenizer: Any = self.processing_class
+        self._special = torch.tensor(tokenizer.all_special_ids, device=self.args.device)
         self._average = WeightAverage(ema_decay) if ema_decay else None
         if self._average is not None:
             self.add_callback(self._average)
@@ -100,7 +102,7 @@ class TokenTrainer(SafeTrainer):
         """As Trainer's, with groups of their own for the head."""
         begun = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        head = _head(self.model) if self._head_ratio != 1 and not begun else set()
+        head = _fresh(self.model) if self._head_ratio != 1 and not begun else set()
         for group in [*optimizer.param_groups]:
             apart = [weight for weight in group["params"] if weight in head]
             group["params"] = [weight for weight in group["params"] if weight not in head]
@@ -187,8 +189,8 @@ class TokenTrainer(SafeTrainer):
             return inputs
         tokenizer: Any = self.processing_class
         ids = inputs["input_ids"]
-        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
-        hidden = (torch.rand(ids.shape, device=ids.device) < self._token_dropout) & ~special
+        hidden = torch.rand(ids.shape, device=ids.device) < self._token_dropout
+        hidden &= ~torch.isin(ids, self._special)
         return {**inputs, "input_ids": ids.masked_fill(hidden, tokenizer.mask_token_id)}
 
     def prediction_step(self, model: nn.Module, inputs: Any, *arguments: Any, **more: Any) -> Any:
@@ -201,7 +203,7 @@ class TokenTrainer(SafeTrainer):
         return loss, *(None if values[0] is None else reduce(nested_concat, values) for values in (logits, labels))
 
 
-def _head(model: Any) -> set[nn.Parameter]:
+def _fresh(model: Any) -> set[nn.Parameter]:
     """The weights above a base model's blocks, if they begin at random."""
     if not getattr(model, "fresh_head", False):
         return set()

@@ -154,6 +154,7 @@ class _Endpoint:
                     allow_redirects=False,
                 )
             async with response:
+                _tell_of_loss(response)
                 yield response
         except TimeoutError as error:
             raise deadline.missed() from error
@@ -169,3 +170,20 @@ class _Endpoint:
         async with asyncio.timeout(deadline.left()):
             content = await response.read()
         return good(self._url, response.status, content, response.headers.get("Retry-After", ""))
+
+
+def _tell_of_loss(response: aiohttp.ClientResponse) -> None:
+    """Has whoever waits for the body know that the connection is gone.
+
+    aiohttp 3.14 closes it without a word where a chunk does not begin like one: TorchServe writes a whole new reply
+    into a stream whose worker has died.
+    """
+    connection, content = response.connection, response.content
+    lost = connection.protocol.closed if connection is not None and connection.protocol is not None else None
+
+    def tell(_: object) -> None:
+        if not content.is_eof():
+            content.set_exception(aiohttp.ClientPayloadError("the reply broke off"))
+
+    if lost is not None:
+        lost.add_done_callback(tell)
