@@ -169,11 +169,11 @@ EXPERIMENTS = (
         "shakespeare-gpt2",
         "GPT-2 from scratch on Shakespeare",
         lambda c: [
-            *("--task", "text-generation", *shakespeare(c), "--num-train-epochs", "9", "--learning-rate", "3e-3"),
+            *("--task", "text-generation", *shakespeare(c), "--num-train-epochs", "9", "--learning-rate", "2e-3"),
             *("--per-device-train-batch-size", "16", "--weight-decay", "0.1", "--adam-beta2", "0.95"),
             "--from-scratch",
             "gpt2 n_layer=4 n_embd=256 n_head=4 n_positions=256 vocab_size=1024 "
-            "resid_pdrop=0.15 embd_pdrop=0.15 attn_pdrop=0",
+            "resid_pdrop=0.1 embd_pdrop=0.1 attn_pdrop=0",
         ],
         [Figure("nats per character", metric("nats_per_character"), goal=1.48, lower_is_better=True)],
         "all 65 characters alike",
