@@ -118,6 +118,8 @@ def _learning_rate(options: "Options") -> tuple[float, str]:
         return 1e-3, "random weights are far from good ones"
     if options.lora is not None:
         return 5e-4, "adapters learn well at a higher rate than all weights do"
+    if options.task == "question-answering":
+        return 2e-4, "the two ends of an answer are learnt slowly"
     return 1e-4, "usual for small encoders"
 
 

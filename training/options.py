@@ -222,7 +222,9 @@ class TrainerOptions(TrainingArguments):
     output_dir: str | None = field(default=None, metadata={"help": "folder to write the bundle to"})
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "peak learning rate of AdamW; if absent 1e-4, with --lora 5e-4, from scratch 1e-3"},
+        metadata={
+            "help": "peak learning rate; if absent 1e-4, for questions 2e-4, with --lora 5e-4, from scratch 1e-3"
+        },
     )
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None,
