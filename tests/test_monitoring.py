@@ -12,13 +12,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 import yaml
+from browser import until
 from conftest import ROOT, Served, build_here, free_ports
 
 from handler.metrics import METRICS
@@ -149,21 +149,18 @@ def url(served: Served, prometheus: None, tmp_path_factory: pytest.TempPathFacto
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_ready(url)
+        until(lambda: is_ready(url), "Prometheus")
         yield url
     finally:
         process.terminate()
         process.wait(timeout=30)
 
 
-def wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        with suppress(requests.ConnectionError):
-            if requests.get(f"{url}/-/ready", timeout=10).ok:
-                return
-        assert time.monotonic() < deadline, "Prometheus does not start"
-        time.sleep(0.1)
+def is_ready(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/-/ready", timeout=10).ok
+    except requests.ConnectionError:
+        return False
 
 
 def query(url: str, expression: str) -> list[Any]:
@@ -213,15 +210,14 @@ def test_every_query_of_the_dashboard_has_data_after_real_traffic(served: Served
 
 
 def test_the_rules_are_loaded_and_healthy(url: str, served: Served) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        with suppress(requests.ConnectionError):
-            groups = requests.get(f"{url}/api/v1/rules", timeout=10).json()["data"]["groups"]
-            rules = [rule for group in groups for rule in group["rules"]]
-            if rules and all(rule["health"] != "unknown" for rule in rules):
-                break
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+
+    def evaluated() -> list[dict[str, Any]]:
+        """All rules, once each was looked at."""
+        groups = requests.get(f"{url}/api/v1/rules", timeout=10).json()["data"]["groups"]
+        found = [rule for group in groups for rule in group["rules"]]
+        return found if all(rule["health"] != "unknown" for rule in found) else []
+
+    rules = until(evaluated, "the rules")
     assert {rule["name"] for rule in rules if rule["type"] == "alerting"} == set(ALERTS)
     assert [(rule["name"], rule.get("lastError")) for rule in rules if rule["health"] != "ok"] == []
 
