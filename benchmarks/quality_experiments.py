@@ -166,14 +166,13 @@ EXPERIMENTS = (
         constant(4096),
     ),
     Experiment(
-        "shakespeare-gpt2",
-        "GPT-2 from scratch on Shakespeare",
+        "shakespeare-phi",
+        "Phi from scratch on Shakespeare",
         lambda c: [
             *("--task", "text-generation", *shakespeare(c), "--num-train-epochs", "9", "--learning-rate", "2e-3"),
             *("--per-device-train-batch-size", "16", "--weight-decay", "0.1", "--adam-beta2", "0.95"),
             "--from-scratch",
-            "gpt2 n_layer=4 n_embd=256 n_head=4 n_positions=256 vocab_size=1024 "
-            "resid_pdrop=0.1 embd_pdrop=0.1 attn_pdrop=0",
+            "phi hidden_size=256 intermediate_size=1024 vocab_size=1024 resid_pdrop=0.1 embd_pdrop=0.1",
         ],
         [Figure("nats per character", metric("nats_per_character"), goal=1.48, lower_is_better=True)],
         "all 65 characters alike",

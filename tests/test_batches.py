@@ -49,7 +49,11 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
     assert list(LengthBuckets(LENGTHS, 16, 1, lambda: 1)) == orders[1]
 
 
-def test_rows_are_padded_as_the_tokenizer_pads_them(base: Path) -> None:
+@pytest.mark.parametrize("amx", [True, False])
+def test_rows_are_padded_as_the_tokenizer_pads_them(amx: bool, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    multiple = 8 if amx else 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     texts = ["a warm kind place", "a slow, cold, rude and altogether dreadful place to be in", "good"]
     for side in ("right", "left"):
@@ -58,23 +62,20 @@ def test_rows_are_padded_as_the_tokenizer_pads_them(base: Path) -> None:
         rows = TokenRows(Dataset.from_dict(dict(encoded)).select([2, 0, 1, 1]))
         batch = Padding(tokenizer)([rows[place] for place in (1, 2, 0)])
         expected = tokenizer(
-            texts, [texts[1], texts[2], texts[0]], padding=True, pad_to_multiple_of=8, return_tensors="pt"
+            texts, [texts[1], texts[2], texts[0]], padding=True, pad_to_multiple_of=multiple, return_tensors="pt"
         )
         assert {name: tensor.tolist() for name, tensor in batch.items()} == {
             name: tensor.tolist() for name, tensor in expected.items()
         }
         assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     tokens = Padding(tokenizer, labelled_tokens=True)
-    [labels] = [tokens([row])["labels"] for row in token_rows_with_labels()]
-    assert labels.tolist() == [[*[IGNORED] * 5, 0, 1, 2]], "labels are padded on the side of their tokens"
+    short, longer = token_rows([3, 8], labels=[[0, 1, 2], [1] * 8])
+    [labels, _] = tokens([short, longer])["labels"].tolist()
+    assert labels == [*[IGNORED] * 5, 0, 1, 2], "labels are padded on the side of their tokens"
     several = token_rows([3, 4], labels=[[0.0, 1.0, 0.5], [1.0, 0.0, 0.0]])
     batch = Padding(tokenizer)([several[0], several[1]])
     assert batch["labels"].tolist() == [[0, 1, 0.5], [1, 0, 0]]
     assert batch["labels"].dtype == torch.float32
-
-
-def token_rows_with_labels() -> list[dict[str, Any]]:
-    return [token_rows([3], labels=[[0, 1, 2]])[0]]
 
 
 def test_a_batch_is_split_by_its_tokens() -> None:

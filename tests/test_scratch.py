@@ -22,6 +22,7 @@ SMALL = {
     "distilbert": "dim=32 n_layers=2 n_heads=2 hidden_dim=64",
     "deberta-v2": "hidden_size=32 num_hidden_layers=2 num_attention_heads=2 intermediate_size=64",
     "gpt2": "n_embd=32 n_layer=2 n_head=2",
+    "phi": "hidden_size=32 num_hidden_layers=2 num_attention_heads=2 intermediate_size=64",
     "t5": "d_model=32 d_ff=64 num_heads=2 d_kv=16",
     "bart": "d_model=32 encoder_attention_heads=2 decoder_attention_heads=2",
     "marian": "d_model=32 encoder_attention_heads=2 decoder_attention_heads=2",
@@ -171,7 +172,7 @@ def test_special_tokens_are_those_of_the_configuration(name: str, texts: list[st
         assert tokenizer.pad_token_id != tokenizer.eos_token_id
     if name in ("bert", "distilbert"):
         assert tokenizer.tokenize("GOOD") == tokenizer.tokenize("good")
-    if name in ("roberta", "gpt2", "bart", "t5", "marian"):
+    if name in ("roberta", "gpt2", "phi", "bart", "t5", "marian"):
         text = "A good thing, of parts"
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 

@@ -1,4 +1,4 @@
-"""Batches of token sequences with little waste: of like length, padded to a multiple of 8, in parts that fit memory."""
+"""Batches of token sequences with little waste: of like length, in parts that fit memory."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-_MULTIPLE = 8  # of which matrix products like their sides
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 TAUGHT = "teacher"  # the column of a teacher's logits: see training/distillation.py
 # Batches that are sorted by length together. More leave less padding, fewer mix the texts better.
@@ -66,7 +65,8 @@ class _Column:
 class Padding:
     """Makes a batch of rows: int64 [rows, tokens], padded on the tokenizer's side, and int64 or float32 [rows, …].
 
-    A teacher's logits of tokens are padded as these are, float32 [rows, tokens, labels].
+    A teacher's logits of tokens are padded as these are, float32 [rows, tokens, labels]. What multiplies matrices in a
+    GPU or with AMX likes sides of multiples of 8; elsewhere there is no more padding than the longest row asks for.
 
     labelled_tokens: whether each token has one of the `labels`.
     """
@@ -76,10 +76,11 @@ class Padding:
         if labelled_tokens:
             self._pad["labels"] = IGNORED
         self._left = tokenizer.padding_side == "left"
+        self._multiple = 8 if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else 1
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
-        width = -(-max(lengths) // _MULTIPLE) * _MULTIPLE
+        width = -(-max(lengths) // self._multiple) * self._multiple
         places = [slice(width - length, width) if self._left else slice(length) for length in lengths]
         mask = np.zeros((len(rows), width), dtype=np.int64)
         batch: dict[str, NDArray[Any]] = {"attention_mask": mask}

@@ -77,6 +77,8 @@ _SMALL: dict[str, dict[str, Any]] = {
         "position_biased_input": False,
     },
     "gpt2": {"vocab_size": 4096, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    # A decoder with rotary positions: what it learns of a word at one place holds at all others.
+    "phi": _ENCODER | {"tie_word_embeddings": True},
     "t5": {"vocab_size": 4096, "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4},
     "bart": _ENCODER_DECODER,
     "marian": _ENCODER_DECODER,

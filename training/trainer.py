@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback,
 from transformers.trainer_pt_utils import nested_concat
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from training import adapters, distillation, quantization
+from training import adapters, distillation, dropout, quantization
 from training.averaging import WeightAverage
 from training.batches import IGNORED, TAUGHT, LengthBuckets, LongestFirst, TokenRows, parts
 from training.errors import UserError
@@ -284,6 +284,8 @@ def build(
     if options.quantization_aware and arguments.activation_checkpointing:
         raise UserError("--quantization-aware: what is computed twice moves a range twice; leave out one of both")
     prepare(model, options)
+    if arguments.device.type == "cpu" and not arguments.torch_compile:  # a compiled model draws fewer numbers itself
+        dropout.replace(model)
     callbacks: list[Any] = [Progress()]
     if options.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
