@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _FILE = "average.safetensors"  # in a checkpoint, beside the weights of its last step
@@ -26,25 +25,23 @@ class WeightAverage(TrainerCallback):
     def __init__(self, decay: float) -> None:
         self._decay = decay
         self._average: dict[str, torch.Tensor] = {}
-        self._model: nn.Module | None = None  # while it is trained
+        self._weights: dict[str, torch.Tensor] = {}  # of the model, while it is trained
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        self._model = model
+        self._weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
         if not state.global_step or not self._average:
-            self._average = {name: weight.detach().clone() for name, weight in self._weights()}
+            self._average = {name: weight.clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         share = 1 - min(self._decay, (1 + state.global_step) / (10 + state.global_step))
-        names, weights = zip(*self._weights(), strict=True)
-        torch._foreach_lerp_([self._average[name] for name in names], weights, share)
+        torch._foreach_lerp_([self._average[name] for name in self._weights], list(self._weights.values()), share)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._swap()
-        self._model = None
-        self._average = {}
+        self._weights, self._average = {}, {}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -65,15 +62,10 @@ class WeightAverage(TrainerCallback):
         file = folder / _FILE
         self._average = load_file(file, device=str(device)) if file.is_file() else {}
 
-    def _weights(self) -> list[tuple[str, torch.Tensor]]:
-        if self._model is None:
-            return []
-        return [(name, weight.data) for name, weight in self._model.named_parameters() if weight.requires_grad]
-
     def _swap(self) -> None:
         if not self._average:
             return
-        for name, weight in self._weights():
+        for name, weight in self._weights.items():
             kept = weight.clone()
             weight.copy_(self._average[name])
             self._average[name] = kept

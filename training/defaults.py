@@ -63,7 +63,9 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        value = f"{self.value:g}" if isinstance(self.value, float) else str(self.value).lower()
+        value = "default" if self.value is None else str(self.value).lower()
+        if isinstance(self.value, float):
+            value = f"{self.value:g}"
         return f"{self.name.replace('_', '-')} {value} ({self.why})"
 
 
