@@ -11,7 +11,8 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,55 @@ from training import (
     search,
     tasks,
 )
+from training.base_model import BaseModel
 from training.errors import UserError
 from training.interrupts import INTERRUPTED, end_if_interrupted, remembered
 from training.options import Options, TrainerOptions
-from training.tasks import Splits
+from training.tasks import Splits, TrainingTask
 
 # Training examples that an int8 model is calibrated on.
 _CALIBRATION = 300
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command: what it asks for, and the data that it names. threads: that torch computes on."""
+
+    task: TrainingTask
+    base: BaseModel
+    splits: Splits
+    options: Options
+    arguments: TrainerOptions
+    speak: Callable[..., None]
+    threads: int
+
+    @property
+    def secret(self) -> bool:
+        """Whether rows of training are private: the bundle has nothing of them but weights with noise."""
+        return self.options.private_epsilon is not None
+
+    def told(self) -> list[str]:
+        """The splits of which the bundle may tell."""
+        return [name for name in self.splits.named() if not (self.secret and name == "train")]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is known of the rows, by split. counts: of each label; lengths: tokens of each row, where there are any."""
+
+    counts: dict[str, dict[str, int]]
+    lengths: dict[str, list[int]]
+    findings: care.Findings
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A model that is ready to be bundled. history: of its training, for metrics.json."""
+
+    model: Any
+    settings: dict[str, Any]
+    choices: Sequence[defaults.Choice] = ()
+    history: dict[str, Any] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -56,134 +99,146 @@ def main() -> None:
     arguments.output_dir = str(checkpoints)
     resumed = checkpoint_to_resume(arguments, checkpoints)
     base = base_model.resolve(options.base_model, options.from_scratch, options.layers)
-    speak = partial(print, flush=True) if arguments.process_index == 0 else _silent
-
     transformers.set_seed(arguments.seed)
     splits = task.read(options, arguments.seed, base)
     arguments.choose_by(splits.metrics or task.metrics)
+    speak = partial(print, flush=True) if arguments.process_index == 0 else _silent
+    run = Run(task, base, splits, options, arguments, speak, torch.get_num_threads())
+
     counts = {name: task.counts(rows, splits.labels) for name, rows in splits.named().items()}
     describe(speak, splits, counts)
-    compared = {name: task.compared(rows, splits.labels) for name, rows in splits.named().items()}
-    findings = care.examine(compared)
-    # Of rows that are private the bundle holds nothing but the weights, which have noise, and what is said of that.
-    secret = options.private_epsilon is not None
-    told = [name for name in compared if not (secret and name == "train")]
-    threads = torch.get_num_threads()
-    choices: list[defaults.Choice] = []
-
     model, processor = task.load(base, splits, options)
     settings = task.settings(model, processor, options)
-    lengths = {name: care.lengths(rows, processor) for name, rows in compared.items() if rows}
-    if found := findings.sentence(lengths, settings.get("max_length")):
-        if options.strict:
-            raise UserError(f"--strict: {found}; mend the data, or leave --strict out for a report of which rows")
-        speak(f"the data is not clean: {found}" + ("" if secret else "; report.html shows which"))
+    data = look_at(run, counts, processor, settings)
     before = search.run(task, base, splits, options, arguments, speak)
     before |= folds.run(task, base, splits, options, arguments, speak)
-    if secret:
-        findings = care.examine({name: compared[name] for name in told})
-    history: dict[str, Any] = {}
-    if splits.train is None:
-        speak(f"no --train-file: {base.name} is bundled as it is")
-    else:
-        defaults.fill_epochs(arguments, len(splits.train))
-        trainer = task.trainer(model, processor, splits, options, arguments, settings)
-        extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
-        choices = defaults.choices(options, arguments)
-        # Between steps: raised in a destructor, it would be dropped, and the training would go on.
-        with remembered(at_once=False):
-            how = [
-                f"learning rate {arguments.learning_rate:g}",
-                f"batch {arguments.train_batch_size}",
-                "bf16" if arguments.bf16 else "fp32",
-                f"{threads} threads",
-                *(f"{name} {value}" for name, value in settings.items() if name != "options"),
-            ]
-            speak(f"{'training' if base.spec else 'fine-tuning'} {base.name} for {extent}: {', '.join(how)}")
-            chosen = [choice for choice in choices if choice.name in arguments.reasons]
-            speak(f"  chosen: {', '.join(str(choice) for choice in chosen if choice.why != defaults.ELSEWHERE)}")
-            started = time.monotonic()
-            trained = trainer.train(resume_from_checkpoint=resumed)
-        end_if_interrupted()
-        model = trainer.model
-        settings |= task.learned(trainer, splits, options, settings)
-        history = {
-            "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
-            "training_loss": [
-                {key: entry[key] for key in ("epoch", "step", "loss")}
-                for entry in trainer.state.log_history
-                if "loss" in entry and not secret
-            ],
-            "training_seconds": round(time.monotonic() - started, 1),
-            "training_samples_per_second": trained.metrics["train_samples_per_second"],
-        }
-        if isinstance(trainer, private.PrivateTrainer):
-            history["private"] = trainer.record()
-            speak(private.sentence(history["private"]))
-
+    learnt = fit(run, model, processor, settings, resumed)
     if arguments.process_index == 0:
-        with bundle.staged(place, overwrite=options.overwrite) as stage:
-            bundle.write_model(stage, model, processor)
-            bundle.write_model_config(stage, options.task, settings)
-            examples = {
-                name: task.examples(rows, splits.labels) for name, rows in splits.named().items() if name != "train"
-            }
-            known = examples.get("validation", [])
-            bundle.write_lines(stage, "validation.jsonl", known)
-            trained_on: list[dict[str, Any]] = []
-            if splits.train is not None:
-                chosen = splits.train.shuffle(seed=arguments.seed).select(range(min(_CALIBRATION, len(splits.train))))
-                trained_on = task.examples(chosen, splits.labels)
-                if not secret:  # then validation has to do
-                    bundle.write_calibration(stage, trained_on)
-            # From here on the engine speaks: what is measured and recorded is what will be served.
-            engine = Engine(stage)
-            golden = bundle.write_golden(stage, engine, task.golden(known, engine.settings.max_length, arguments.seed))
-            predictions = {name: evaluation.predict(engine, rows) for name, rows in examples.items()}
-            membership = privacy.membership(engine, trained_on, examples, predictions)
-            if secret and membership:
-                speak(f"membership: AUC {membership['auc']:.3f} (0.5: the loss tells nothing); not in the bundle")
-            metrics = {
-                "task": options.task,
-                "primary": splits.primary or task.primary,
-                "labels": splits.labels,
-                "settings": settings,
-                "rows": {name: len(rows) for name, rows in splits.named().items()},
-                "rows_per_label": {name: counts[name] for name in told},
-                "rows_skipped": splits.skipped,
-                "findings": findings.counts(),
-                "choices": [asdict(choice) for choice in choices],
-                "splits": {
-                    name: task.score(predictions[name], [row["target"] for row in rows], splits.labels)
-                    for name, rows in examples.items()
-                },
-                "membership": None if secret else membership,
-                **before,
-                **history,
-            }
-            bundle.write_json(stage, "metrics.json", metrics)
-            given = json.loads(arguments.to_json_string())  # type: ignore[no-untyped-call]
-            sources = bundle.provenance(
-                stage,
-                base=base,
-                files={name: path for name, path in options.files().items() if name in told},
-                digests=splits.digests,
-                arguments={**vars(options), **given},
-                command=sys.argv,
-                threads=threads,
-            )
-            bundle.write_json(stage, "provenance.json", sources)
-            shown = {name: lengths[name] for name in told if name in lengths}
-            evidence = report.Evidence(engine, examples, predictions, golden, findings, shown)
-            report.write(stage, place.name, metrics, sources, evidence)
+        metrics = write(run, place, data, learnt, processor, before)
         shutil.rmtree(checkpoints, ignore_errors=True)
-        for name, scores in metrics["splits"].items():
-            print(f"{name}: {', '.join(report.figures(scores))} ({scores['rows']} rows)")
-            print_confusion(scores)
-        if history:
-            print(f"trained in {history['training_seconds']:.0f} s")
-        print(f"bundle: {place} (report.html says more)")
-        print(f"next: ./build_mar.sh --bundle {place}")
+        conclude(place, metrics)
+
+
+def look_at(run: Run, counts: dict[str, dict[str, int]], processor: Any, settings: Mapping[str, Any]) -> Data:
+    """Says what is wrong with the rows, as far as a program can tell. Raises UserError if --strict is given, too."""
+    named = run.splits.named()
+    compared = {name: run.task.compared(rows, run.splits.labels) for name, rows in named.items()}
+    findings = care.examine(compared)
+    lengths = {name: care.lengths(rows, processor) for name, rows in compared.items() if rows}
+    if found := findings.sentence(lengths, settings.get("max_length")):
+        if run.options.strict:
+            raise UserError(f"--strict: {found}; mend the data, or leave --strict out for a report of which rows")
+        run.speak(f"the data is not clean: {found}" + ("" if run.secret else "; report.html shows which"))
+    told = run.told()
+    if len(told) < len(compared):
+        findings = care.examine({name: compared[name] for name in told})
+    return Data(counts, {name: lengths[name] for name in told if name in lengths}, findings)
+
+
+def fit(run: Run, model: Any, processor: Any, settings: dict[str, Any], resumed: str | None) -> Learnt:
+    """Trains the model, if there is something to learn from. resumed: the checkpoint to go on from."""
+    splits, options, arguments = run.splits, run.options, run.arguments
+    if splits.train is None:
+        run.speak(f"no --train-file: {run.base.name} is bundled as it is")
+        return Learnt(model, settings)
+    defaults.fill_epochs(arguments, len(splits.train))
+    trainer = run.task.trainer(model, processor, splits, options, arguments, settings)
+    choices = defaults.choices(options, arguments)
+    # Between steps: raised in a destructor, it would be dropped, and the training would go on.
+    with remembered(at_once=False):
+        extent = f"{arguments.max_steps} steps" if arguments.max_steps > 0 else f"{arguments.num_train_epochs:g} epochs"
+        how = [
+            f"learning rate {arguments.learning_rate:g}",
+            f"batch {arguments.train_batch_size}",
+            "bf16" if arguments.bf16 else "fp32",
+            f"{run.threads} threads",
+            *(f"{name} {value}" for name, value in settings.items() if name != "options"),
+        ]
+        run.speak(f"{'training' if run.base.spec else 'fine-tuning'} {run.base.name} for {extent}: {', '.join(how)}")
+        chosen = [choice for choice in choices if choice.name in arguments.reasons]
+        run.speak(f"  chosen: {', '.join(str(choice) for choice in chosen if choice.why != defaults.ELSEWHERE)}")
+        started = time.monotonic()
+        trained = trainer.train(resume_from_checkpoint=resumed)
+    end_if_interrupted()
+    settings |= run.task.learned(trainer, splits, options, settings)
+    history: dict[str, Any] = {
+        "epochs": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+        "training_loss": [
+            {key: entry[key] for key in ("epoch", "step", "loss")}
+            for entry in trainer.state.log_history
+            if "loss" in entry and not run.secret
+        ],
+        "training_seconds": round(time.monotonic() - started, 1),
+        "training_samples_per_second": trained.metrics["train_samples_per_second"],
+    }
+    if isinstance(trainer, private.PrivateTrainer):
+        history["private"] = trainer.record()
+        run.speak(private.sentence(history["private"]))
+    return Learnt(trainer.model, settings, choices, history)
+
+
+def write(
+    run: Run, place: Path, data: Data, learnt: Learnt, processor: Any, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes the bundle, with what the engine that serves it makes of validation and test; returns metrics.json.
+
+    before: what metrics.json holds of search and folds.
+    """
+    task, splits, options, arguments = run.task, run.splits, run.options, run.arguments
+    with bundle.staged(place, overwrite=options.overwrite) as stage:
+        bundle.write_model(stage, learnt.model, processor)
+        bundle.write_model_config(stage, options.task, learnt.settings)
+        examples = {
+            name: task.examples(rows, splits.labels) for name, rows in splits.named().items() if name != "train"
+        }
+        known = examples.get("validation", [])
+        bundle.write_lines(stage, "validation.jsonl", known)
+        trained_on: list[dict[str, Any]] = []
+        if splits.train is not None:
+            chosen = splits.train.shuffle(seed=arguments.seed).select(range(min(_CALIBRATION, len(splits.train))))
+            trained_on = task.examples(chosen, splits.labels)
+            if not run.secret:  # then validation has to do
+                bundle.write_calibration(stage, trained_on)
+        # From here on the engine speaks: what is measured and recorded is what will be served.
+        engine = Engine(stage)
+        golden = bundle.write_golden(stage, engine, task.golden(known, engine.settings.max_length, arguments.seed))
+        predictions = {name: evaluation.predict(engine, rows) for name, rows in examples.items()}
+        membership = privacy.membership(engine, trained_on, examples, predictions)
+        if run.secret and membership:
+            run.speak(f"membership: AUC {membership['auc']:.3f} (0.5: the loss tells nothing); not in the bundle")
+        metrics = {
+            "task": options.task,
+            "primary": splits.primary or task.primary,
+            "labels": splits.labels,
+            "settings": learnt.settings,
+            "rows": {name: len(rows) for name, rows in splits.named().items()},
+            "rows_per_label": {name: data.counts[name] for name in run.told()},
+            "rows_skipped": splits.skipped,
+            "findings": data.findings.counts(),
+            "choices": [asdict(choice) for choice in learnt.choices],
+            "splits": {
+                name: task.score(predictions[name], [row["target"] for row in rows], splits.labels)
+                for name, rows in examples.items()
+            },
+            "membership": None if run.secret else membership,
+            **before,
+            **learnt.history,
+        }
+        bundle.write_json(stage, "metrics.json", metrics)
+        given = json.loads(arguments.to_json_string())  # type: ignore[no-untyped-call]
+        sources = bundle.provenance(
+            stage,
+            base=run.base,
+            files={name: path for name, path in options.files().items() if name in run.told()},
+            digests=splits.digests,
+            arguments={**vars(options), **given},
+            command=sys.argv,
+            threads=run.threads,
+        )
+        bundle.write_json(stage, "provenance.json", sources)
+        evidence = report.Evidence(engine, examples, predictions, golden, data.findings, data.lengths)
+        report.write(stage, place.name, metrics, sources, evidence)
+    return metrics
 
 
 def parse(argv: list[str]) -> tuple[Options, TrainerOptions]:
@@ -253,6 +308,17 @@ def describe(speak: Any, splits: Splits, counts: dict[str, dict[str, int]]) -> N
 
 def _silent(*_: object) -> None:
     """What all processes of a distributed run but the first say."""
+
+
+def conclude(place: Path, metrics: Mapping[str, Any]) -> None:
+    """Says how good the model is, where the bundle is, and what comes next."""
+    for name, scores in metrics["splits"].items():
+        print(f"{name}: {', '.join(report.figures(scores))} ({scores['rows']} rows)")
+        print_confusion(scores)
+    if "training_seconds" in metrics:
+        print(f"trained in {metrics['training_seconds']:.0f} s")
+    print(f"bundle: {place} (report.html says more)")
+    print(f"next: ./build_mar.sh --bundle {place}")
 
 
 def print_confusion(scores: dict[str, Any]) -> None:

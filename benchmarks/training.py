@@ -131,10 +131,12 @@ def bare(trainer: Any) -> float:
     """Seconds of an epoch over the Trainer's batches, with its settings, without the Trainer."""
     batches, model, arguments = list(trainer.get_train_dataloader()), trainer.model.train(), trainer.args
     optimizer = trainer.create_optimizer()
+    learning = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+    average = [weight.clone() for weight in learning]
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
     started = now()
     for batch in batches:
-        pieces = parts(batch, trainer._most_tokens)
+        pieces = parts(trainer._hidden(batch), trainer._most_tokens)
         for piece in pieces:
             with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
                 loss = model(**piece).loss * (len(piece["input_ids"]) / len(batch["input_ids"]))
@@ -143,6 +145,7 @@ def bare(trainer: Any) -> float:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        torch._foreach_lerp_(average, learning, 0.01)
     return now() - started
 
 

@@ -16,10 +16,10 @@ def test_values_are_dropped_as_often_as_asked(probability: float, dtype: torch.d
     found = layer(torch.ones(300, 401, dtype=dtype))
     assert (found.shape, found.dtype) == ((300, 401), dtype)
     assert float((found == 0).double().mean()) == pytest.approx(probability, abs=0.005)
-    assert float(found.max()) == pytest.approx(1 / (1 - probability), rel=2**-8 if dtype == torch.bfloat16 else 1e-4)
-    # each of the four values of a random number, and neighbours independently of each other
-    parts = (found.flatten()[: 4 * 30_000] == 0).view(-1, 4).double()
-    assert parts.mean(dim=0).tolist() == pytest.approx([probability] * 4, abs=0.01)
+    assert float(found.max()) == pytest.approx(1 / (1 - probability), rel=0.02)
+    # each of the eight values of a random number, and neighbours independently of each other
+    parts = (found.flatten()[: 8 * 15_000] == 0).view(-1, 8).double()
+    assert parts.mean(dim=0).tolist() == pytest.approx([probability] * 8, abs=0.015)
     assert parts.T.corrcoef().fill_diagonal_(0).abs().max() < 0.03
 
 
@@ -28,7 +28,7 @@ def test_the_gradient_is_that_of_what_was_kept() -> None:
     found = dropout.Dropout(0.4)(values)
     found.sum().backward()
     assert values.grad is not None
-    torch.testing.assert_close(values.grad, (found.detach() != 0) / 0.6, rtol=1e-4, atol=0)
+    torch.testing.assert_close(values.grad, (found.detach() != 0) / 0.6, rtol=0.01, atol=0)
 
 
 def test_a_seed_gives_the_same_values_with_any_number_of_threads() -> None:
