@@ -206,7 +206,7 @@ def _trainer(
         model, _ = task.load(base, splits, options)
         # As where the Trainer of the final training is made: it repeats the best trial.
         transformers.set_seed(arguments.seed)
-        prepare(model, options)
+        prepare(model, options, mine)
         transformers.set_seed(arguments.seed)
         return model
 

@@ -243,8 +243,10 @@ def weighted(options: Options, labels: Sequence[int], count: int) -> dict[str, A
     return {"compute_loss_func": loss}
 
 
-def prepare(model: Any, options: Options) -> None:
+def prepare(model: Any, options: Options, arguments: TrainerOptions) -> None:
     """Settles how a model learns: all weights, all but the embeddings of tokens, or adapters; and whether as in int8.
+
+    A CPU gets a dropout that suits it.
 
     Raises UserError for a model without such embeddings, or without linear layers for the other two.
     """
@@ -257,6 +259,8 @@ def prepare(model: Any, options: Options) -> None:
         adapters.add(model, options.lora)
     if options.quantization_aware:
         quantization.add(model, options.task)
+    if arguments.device.type == "cpu" and not arguments.torch_compile:  # a compiled model draws fewer numbers itself
+        dropout.replace(model)
 
 
 def _token_dropout(tokenizer: Any, options: Options, arguments: TrainerOptions) -> float:
@@ -288,9 +292,7 @@ def build(
         raise UserError("--teacher: only classifiers of texts, pairs and tokens learn from one; leave it out")
     if options.quantization_aware and arguments.activation_checkpointing:
         raise UserError("--quantization-aware: what is computed twice moves a range twice; leave out one of both")
-    prepare(model, options)
-    if arguments.device.type == "cpu" and not arguments.torch_compile:  # a compiled model draws fewer numbers itself
-        dropout.replace(model)
+    prepare(model, options, arguments)
     callbacks: list[Any] = [Progress()]
     if options.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
