@@ -73,7 +73,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Data:
-    """What is known of the rows, by split. counts: of each label; lengths: tokens of each row, where there are any."""
+    """What the bundle may tell of the rows, by split. counts: of each label; lengths: tokens of each row, if any."""
 
     counts: dict[str, dict[str, int]]
     lengths: dict[str, list[int]]
@@ -132,7 +132,9 @@ def look_at(run: Run, counts: dict[str, dict[str, int]], processor: Any, setting
     told = run.told()
     if len(told) < len(compared):
         findings = care.examine({name: compared[name] for name in told})
-    return Data(counts, {name: lengths[name] for name in told if name in lengths}, findings)
+    return Data(
+        {name: counts[name] for name in told}, {name: lengths[name] for name in told if name in lengths}, findings
+    )
 
 
 def fit(run: Run, model: Any, processor: Any, settings: dict[str, Any], resumed: str | None) -> Learnt:
@@ -212,7 +214,7 @@ def write(
             "labels": splits.labels,
             "settings": learnt.settings,
             "rows": {name: len(rows) for name, rows in splits.named().items()},
-            "rows_per_label": {name: data.counts[name] for name in run.told()},
+            "rows_per_label": data.counts,
             "rows_skipped": splits.skipped,
             "findings": data.findings.counts(),
             "choices": [asdict(choice) for choice in learnt.choices],

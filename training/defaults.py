@@ -63,9 +63,10 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        value = "default" if self.value is None else str(self.value).lower()
         if isinstance(self.value, float):
             value = f"{self.value:g}"
+        else:
+            value = "default" if self.value is None else str(self.value).lower()
         return f"{self.name.replace('_', '-')} {value} ({self.why})"
 
 
