@@ -76,9 +76,17 @@ _SMALL: dict[str, dict[str, Any]] = {
         "pos_att_type": ["p2c", "c2p"],
         "position_biased_input": False,
     },
-    "gpt2": {"vocab_size": 4096, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    # "gelu" is one operation of torch, their own "gelu_new", its approximation, is eight and takes a sixth of a step.
+    "gpt2": {
+        "vocab_size": 4096,
+        "n_embd": 128,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 256,
+        "activation_function": "gelu",
+    },
     # A decoder with rotary positions: what it learns of a word at one place holds at all others.
-    "phi": _ENCODER | {"tie_word_embeddings": True},
+    "phi": _ENCODER | {"tie_word_embeddings": True, "hidden_act": "gelu"},
     "t5": {"vocab_size": 4096, "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4},
     "bart": _ENCODER_DECODER,
     "marian": _ENCODER_DECODER,
