@@ -328,8 +328,9 @@ def test_images(size: dict[str, int], tmp_path: Path) -> None:
     picture.save(buffer, "PNG")
 
     found = explained(engine, buffer.getvalue(), top_k=2)
-    [row] = engine.task.inputs.encode([engine.task.read(buffer.getvalue(), None)[0]])[0].rows  # type: ignore
-    pixels = engine.task.inputs.collate([row])["pixel_values"]  # type: ignore[attr-defined]
+    task: Any = engine.task
+    [row] = task.inputs.encode([task.read(buffer.getvalue(), None)[0]])[0].rows
+    pixels = task.inputs.collate([row])["pixel_values"]
     grid = np.array(found["explanations"][0]["heat_map"])
     assert len(found["explanations"]) == 2
     assert grid.shape == (14, 14)

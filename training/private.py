@@ -200,7 +200,8 @@ class PrivateTrainer(TokenTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """As Trainer's; the gradient is that of the guarantee."""
         assert self._guarantee is not None
-        model.train()
+        if not model.training:
+            model.train()
         batch = self._hidden(self._prepare_inputs(inputs))
         # Opacus keeps what is a row's, and their sum, beside the gradients.
         learning: list[Any] = [weight for weight in model.parameters() if weight.requires_grad]
