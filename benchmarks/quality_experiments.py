@@ -169,10 +169,10 @@ EXPERIMENTS = (
         "shakespeare-phi",
         "Phi from scratch on Shakespeare",
         lambda c: [
-            *("--task", "text-generation", *shakespeare(c), "--num-train-epochs", "9", "--learning-rate", "2e-3"),
-            *("--per-device-train-batch-size", "16", "--weight-decay", "0.1", "--adam-beta2", "0.95"),
+            *("--task", "text-generation", *shakespeare(c), "--num-train-epochs", "8", "--learning-rate", "3e-3"),
+            *("--per-device-train-batch-size", "8", "--weight-decay", "0.1", "--adam-beta2", "0.95"),
             "--from-scratch",
-            "phi hidden_size=256 intermediate_size=1024 vocab_size=1024 resid_pdrop=0.1 embd_pdrop=0.1",
+            "phi hidden_size=256 intermediate_size=1024 vocab_size=1024 resid_pdrop=0.2 embd_pdrop=0.2",
         ],
         [Figure("nats per character", metric("nats_per_character"), goal=1.48, lower_is_better=True)],
         "all 65 characters alike",
