@@ -443,16 +443,26 @@ def test_a_split_without_classes_is_seeded(file: Callable[..., Path]) -> None:
 # --- What is learnt -------------------------------------------------------------------------------------------------
 
 
-def test_the_best_thresholds_are_the_best() -> None:
+def test_thresholds_of_labels_with_many_rows_are_the_best() -> None:
     chance = np.random.default_rng(3)
-    scores, targets = chance.random((200, 6)), (chance.random((200, 6)) < [0.5, 0.1, 0.02, 0.9, 0, 1]).astype(float)
-    scores = (scores + targets) / 2
-    found = evaluation.best_thresholds(scores, targets)
-    for label in range(6):
-        best = max(f1_score(targets[:, label], scores[:, label] >= s, zero_division=0) for s in scores[:, label])
-        assert f1_score(targets[:, label], scores[:, label] >= found[label], zero_division=0) == pytest.approx(best)
-        assert np.abs(scores[:, label] - found[label]).min() > 0, "between two scores, not on one"
-    assert found[4] == 0.5, "for a label without an example, the usual one"
+    targets = (chance.random((2000, 4)) < [0.5, 0.1, 0.9, 1]).astype(float)
+    scores = (chance.random((2000, 4)) + targets * [0.5, 1, 2, 1]) / 3
+    found = evaluation.thresholds(scores, targets)
+    for label in range(4):
+        best = max(f1_score(targets[:, label], scores[:, label] >= s) for s in scores[:, label])
+        assert f1_score(targets[:, label], scores[:, label] >= found[label]) == pytest.approx(best, abs=0.01)
+
+
+def test_thresholds_of_labels_with_few_rows_are_drawn_to_that_of_all() -> None:
+    scores = np.full((300, 3), 0.05)
+    targets = np.zeros((300, 3))
+    scores[:100, 0], targets[:100, 0] = 0.5, 1  # best between 0.05 and 0.5
+    scores[0, 1], targets[0, 1] = 0.95, 1  # best between 0.05 and 0.95, but with the others 0.05 to 0.5
+    many, few, none = evaluation.thresholds(scores, targets)
+    assert many == pytest.approx(0.275)
+    assert few == pytest.approx((1 * 0.5 + 5 * 0.275) / 6)
+    assert none == pytest.approx(0.275), "a label without a row has that of all"
+    assert evaluation.thresholds(scores, np.zeros((300, 3))) == [0.5] * 3
 
 
 def test_metrics_of_several_labels() -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from training.tasks import TrainingTask
 
 _REQUESTS_PER_BATCH = 256
+# What all labels together count for in the threshold of one.
+_ROWS_OF_ALL_LABELS = 5
 
 
 def predict(engine: Engine, examples: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -173,12 +175,20 @@ def rank_correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> fl
     return correlation(ranks[:, 0], ranks[:, 1])
 
 
-def best_thresholds(scores: NDArray[np.float64], targets: NDArray[np.float64]) -> list[float]:
-    """The threshold of each label by which its F1 is highest, 0.5 for one without an example.
+def thresholds(scores: NDArray[np.float64], targets: NDArray[np.float64]) -> list[float]:
+    """A threshold for each label: by which its F1 is highest, drawn towards the one that is best for all of them.
 
-    scores and targets: [rows, labels]; a target is 1 where the label applies.
+    The fewer rows a label has, the more of its own best threshold is chance, so the other one counts as
+    `_ROWS_OF_ALL_LABELS` of its rows. 0.5 where no row has any label.
+
+    scores and targets: [rows, labels], from 0 to 1; a target is 1 where the label applies.
     """
-    return [_best_threshold(scores[:, label], targets[:, label]) for label in range(scores.shape[1])]
+    common = _best_threshold(scores.ravel(), targets.ravel())
+    found = []
+    for label, rows in enumerate(targets.sum(axis=0)):
+        own = _best_threshold(scores[:, label], targets[:, label])
+        found.append(float((rows * own + _ROWS_OF_ALL_LABELS * common) / (rows + _ROWS_OF_ALL_LABELS)))
+    return found
 
 
 def _best_threshold(scores: NDArray[np.float64], targets: NDArray[np.float64]) -> float:

@@ -178,7 +178,7 @@ class TextClassification(TrainingTask):
                     learned["thresholds"] = dict.fromkeys(splits.labels, threshold)
             return {"options": learned}
         scores = activate(logits, "sigmoid")
-        thresholds = evaluation.best_thresholds(scores, np.asarray(found.label_ids))
+        thresholds = evaluation.thresholds(scores, np.asarray(found.label_ids))
         return {"options": {"thresholds": dict(zip(splits.labels, thresholds, strict=True))}}
 
     def examples(self, rows: Dataset, labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -221,7 +221,7 @@ def _multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """What an epoch is judged by: F1 with the thresholds that would be learnt after it."""
     scores = activate(np.asarray(prediction.predictions, dtype=np.float64), "sigmoid")
     targets = np.asarray(prediction.label_ids)
-    return evaluation.mark_metrics(targets > 0, scores >= np.array(evaluation.best_thresholds(scores, targets)))
+    return evaluation.mark_metrics(targets > 0, scores >= np.array(evaluation.thresholds(scores, targets)))
 
 
 def _regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
