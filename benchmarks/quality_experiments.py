@@ -195,7 +195,7 @@ EXPERIMENTS = (
         "mnist-resnet",
         "ResNet from scratch on MNIST (3,000 images)",
         lambda c: [
-            *("--task", "image-classification", *mnist(c), "--augment", "true", "--num-train-epochs", "20"),
+            *("--task", "image-classification", *mnist(c), "--augment", "true", "--num-train-epochs", "40"),
             *("--learning-rate", "2e-3", "--from-scratch", "resnet"),
         ],
         [Figure("accuracy", metric("accuracy"), goal=0.985)],
