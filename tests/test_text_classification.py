@@ -443,7 +443,19 @@ def test_a_split_without_classes_is_seeded(file: Callable[..., Path]) -> None:
 # --- What is learnt -------------------------------------------------------------------------------------------------
 
 
-def test_thresholds_of_labels_with_many_rows_are_the_best() -> None:
+def test_the_threshold_of_one_label_is_the_best() -> None:
+    chance = np.random.default_rng(3)
+    scores, targets = chance.random((200, 6)), (chance.random((200, 6)) < [0.5, 0.1, 0.02, 0.9, 0, 1]).astype(float)
+    scores = (scores + targets) / 2
+    found = [evaluation.thresholds(scores[:, [label]], targets[:, [label]])[0] for label in range(6)]
+    for label in range(6):
+        best = max(f1_score(targets[:, label], scores[:, label] >= s, zero_division=0) for s in scores[:, label])
+        assert f1_score(targets[:, label], scores[:, label] >= found[label], zero_division=0) == pytest.approx(best)
+        assert np.abs(scores[:, label] - found[label]).min() > 0, "between two scores, not on one"
+    assert found[4] == 0.5, "for a label without an example, the usual one"
+
+
+def test_thresholds_of_labels_with_many_rows_are_about_the_best() -> None:
     chance = np.random.default_rng(3)
     targets = (chance.random((2000, 4)) < [0.5, 0.1, 0.9, 1]).astype(float)
     scores = (chance.random((2000, 4)) + targets * [0.5, 1, 2, 1]) / 3
