@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from archiver import gate, timing
@@ -19,6 +20,7 @@ from handler import cpus
 from handler.backends import PRECISIONS
 from handler.digests import sha256
 from handler.engine import Engine
+from training import defaults
 from training.errors import UserError
 
 FILE_NAME = "candidates.json"
@@ -281,14 +283,18 @@ def _candidates(bundle: Bundle, backend: str, precision: str) -> Iterator[Candid
         if precision == "auto" and not bundle.runs_on_openvino:
             wanted = ("fp32",)  # a generated answer has no scores to judge a lower precision by
         for choice in wanted:
-            if choice in PRECISIONS[name] and (choice != "fp16" or precision == "fp16" or _has_gpu()):
+            if choice in PRECISIONS[name] and (precision != "auto" or _is_native(name, choice)):
                 yield Candidate(name, choice)
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def _is_native(backend: str, precision: str) -> bool:
+    """Whether this machine computes in a precision; what is only emulated can be tens of times slower than fp32."""
+    if precision == "fp16":
+        return torch.cuda.is_available()
+    if precision == "bf16":
+        fast, _ = defaults.bf16() if backend == "torch" else defaults.bf16_on_cpu()
+        return fast
+    return True
 
 
 def _processor() -> str:

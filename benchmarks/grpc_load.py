@@ -88,6 +88,7 @@ class Load:
         self._requests, self._streams = cycle(prefixed), count(1, 2)
         self._output = bytearray()
         self._window = _FIRST_WINDOW  # bytes that the server is ready to take
+        self._end = 0.0  # of the load, as time.perf_counter has it
         self._sent: dict[int, float] = {}
         self._received: dict[int, bytes] = {}
         self.latencies: list[float] = []
@@ -99,12 +100,14 @@ class Load:
         settings = struct.pack(">HIHI", _HEADER_TABLE_SIZE, 0, _INITIAL_WINDOW_SIZE, _LARGEST_WINDOW)
         self._output += _PREFACE + frame(_SETTINGS, 0, 0, settings)
         self._output += frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _LARGEST_WINDOW - _FIRST_WINDOW))
-        end = time.perf_counter() + seconds
+        self._end = time.perf_counter() + seconds
         unread = b""
         while True:
-            while (now := time.perf_counter()) < end and len(self._sent) < calls and self._window >= _LARGEST_FRAME:
+            while (
+                (now := time.perf_counter()) < self._end and len(self._sent) < calls and self._window >= _LARGEST_FRAME
+            ):
                 self._call(now)
-            if not self._sent and now >= end:
+            if not self._sent and now >= self._end:
                 return
             try:
                 self._connection.sendall(self._output)
@@ -115,7 +118,7 @@ class Load:
                 self.errors += len(self._sent) or 1
                 return
             self._output.clear()
-            unread = self._read(unread + more, end)
+            unread = self._read(unread + more)
 
     def _call(self, now: float) -> None:
         request, stream = next(self._requests), next(self._streams)
@@ -124,35 +127,35 @@ class Load:
         self._window -= len(request)
         self._sent[stream] = now
 
-    def _read(self, received: bytes, end: float) -> bytes:
+    def _read(self, received: bytes) -> bytes:
         """Takes the whole frames of what came; returns the rest."""
         place = 0
         while len(received) >= (start := place + _FRAME.size):
             length_and_kind, flags, stream = _FRAME.unpack_from(received, place)
             if len(received) < (stop := start + (length_and_kind >> 8)):
                 break
-            self._take(length_and_kind & 0xFF, flags, stream, received[start:stop], end)
+            self._take(length_and_kind & 0xFF, flags, stream, received[start:stop])
             place = stop
         return received[place:]
 
-    def _take(self, kind: int, flags: int, stream: int, payload: bytes, end: float) -> None:
+    def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if kind == _DATA:
             self._received[stream] = self._received.get(stream, b"") + payload
         elif kind == _HEADERS and flags & _END_STREAM:
-            self._end(stream, _OK in payload, end)
+            self._finish(stream, _OK in payload)
         elif kind == _RST_STREAM:
-            self._end(stream, False, end)
+            self._finish(stream, False)
         elif kind in (_SETTINGS, _PING) and not flags & _ACK:
             self._output += frame(kind, _ACK, 0, payload if kind == _PING else b"")
         elif kind == _WINDOW_UPDATE and stream == 0:
             self._window += int.from_bytes(payload)
 
-    def _end(self, stream: int, good: bool, end: float) -> None:
+    def _finish(self, stream: int, good: bool) -> None:
         sent, reply = self._sent.pop(stream), self._received.pop(stream, b"")
         now = time.perf_counter()
         if not good:
             self.errors += 1
-        elif now <= end:
+        elif now <= self._end:
             self.latencies.append(now - sent)
             self.replies.append(reply[_PREFIX.size :])
 

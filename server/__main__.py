@@ -33,7 +33,6 @@ def serve(argv: Sequence[str]) -> None:
     archives = admitted(archives, arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
-    server = None
     try:
         server, logs = start(archives, config, tokens=not arguments.no_auth, trust=arguments.trust)
         wait_until_ready(server, archives, logs, arguments.timeout)
@@ -48,7 +47,7 @@ def serve(argv: Sequence[str]) -> None:
         if arguments.foreground:
             stay(server)
     except BaseException:
-        if (ours := server or Server.running()) is not None:
+        if (ours := Server.noted()) is not None:
             ours.stop()
         raise
 
@@ -79,8 +78,8 @@ def serve_behind_front(archives: list[Archive], arguments: argparse.Namespace) -
     except BaseException:
         if door is not None:
             door.drain()
-        if running := Server.running():
-            running.stop()
+        if (ours := Server.noted()) is not None:
+            ours.stop()
         raise
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

@@ -81,7 +81,7 @@ class Supervisor:
         LOG.info("draining: connections end with an answer, then no new request is taken")
         self._front.drain()
         # A server that was being started is another than the one that is known here.
-        (Server.running() or self._server).stop()
+        (Server.noted() or self._server).stop()
         self._service.close()
         LOG.info("stopped")
 
@@ -125,8 +125,7 @@ class Supervisor:
                 break
             except ServerError as error:
                 LOG.error("TorchServe did not start: %s", error)
-                if (running := Server.running()) is not None:
-                    self._server = running
+                self._server = Server.noted() or self._server
                 time.sleep(_BACK_OFF_SECONDS[min(attempt, len(_BACK_OFF_SECONDS) - 1)])
         self._watchdog = Watchdog(self._server, self._timing)
         self._tell_front(lambda: self._front.open(self._server.keys()[0]))

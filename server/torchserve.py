@@ -101,14 +101,19 @@ class Server:
     trust: str | None = None
 
     @classmethod
-    def running(cls) -> "Server | None":
-        """The server started from this working directory, None if there is none or it is gone."""
+    def noted(cls) -> "Server | None":
+        """The server last started from this working directory and not stopped since; it may have ended by itself."""
         try:
             value = json.loads(STATE.read_text(encoding="utf-8"))
-            server = cls(**{**value, "addresses": Addresses(**value["addresses"])})
+            return cls(**{**value, "addresses": Addresses(**value["addresses"])})
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
-        return server if server.process() is not None else None
+
+    @classmethod
+    def running(cls) -> "Server | None":
+        """The server started from this working directory, None if there is none or it is gone."""
+        server = cls.noted()
+        return server if server is not None and server.process() is not None else None
 
     def process(self) -> psutil.Process | None:
         """The JVM, None if it has ended."""
@@ -233,6 +238,8 @@ def start(
     when the process is written down, so that `Server.running` finds it.
     """
     addresses = Addresses.read(config)
+    if (ended := Server.noted()) is not None:
+        ended.end()  # what it has left
     # Its own, so that two servers on one machine do not share sockets.
     scratch = str(folder_for_sockets("marble-"))
     LOGS.mkdir(exist_ok=True)

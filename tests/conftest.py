@@ -139,7 +139,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         train_here(
-            *("--task", "text-classification", "--output-dir", folder / "reviews", "--max-steps", 40, *NO_CHECKPOINTS),
+            *("--task", "text-classification", "--output-dir", folder / "reviews", *NO_CHECKPOINTS),
+            *("--max-steps", 40, "--learning-rate", 2e-4),
             *("--train-file", REVIEWS / "train.csv", "--validation-file", REVIEWS / "validation.csv"),
             threads=CPUS,
         )
@@ -276,6 +277,16 @@ class Served:
     def grpc_client(self) -> marble_client.GrpcClient:
         """Marble's own client over gRPC."""
         return marble_client.GrpcClient(self.grpc, self.grpc_management, self.token, timeout=60)
+
+
+def write_settings(path: Path, **changes: object) -> Path:
+    """front.properties with `changes`."""
+    text = (ROOT / "front.properties").read_text(encoding="utf-8")
+    for key, value in changes.items():
+        text, count = re.subn(rf"(?m)^{key}=.*$", f"{key}={value}", text)
+        assert count == 1, key
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def free_ports(count: int) -> list[int]:

@@ -29,7 +29,7 @@ import psutil
 import pytest
 import requests
 from browser import Browser
-from conftest import ROOT, build_here, free_ports, run, serve, stop, succeeded, write_config
+from conftest import ROOT, build_here, free_ports, run, serve, stop, succeeded, write_config, write_settings
 from console_page import NAME, StartConsole, choose, holds, opened
 
 from marble_client import ConnectionFailed, RestClient
@@ -54,16 +54,6 @@ LIMITS = {
     "canary_within_seconds": 2,
     "silent_seconds": 4,
 }
-
-
-def write_settings(path: Path, **changes: object) -> Path:
-    """front.properties with `changes`."""
-    text = (ROOT / "front.properties").read_text(encoding="utf-8")
-    for key, value in changes.items():
-        text, count = re.subn(rf"(?m)^{key}=.*$", f"{key}={value}", text)
-        assert count == 1, key
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def token_command(folder: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":

@@ -17,7 +17,7 @@ from conftest import CPUS, Build, Exit
 from conftest import build_here as build
 from test_build import digest, lines, settings, write_lines
 
-from archiver import gate, quantize, timing
+from archiver import gate, optimise, quantize, source, timing
 from handler.digests import sha256
 from handler.engine import Engine
 from handler.messages import Request
@@ -26,9 +26,14 @@ from handler.tasks.question_answering import QuestionAnswering
 from handler.tasks.sentence_similarity import SentenceSimilarity
 from handler.tasks.text_classification import TextClassification
 from handler.tasks.token_classification import TokenClassification
+from training import defaults
 
 INT8 = ("--backend", "openvino", "--precision", "int8")
-ALL = ["torch fp32", "torch bf16", "openvino fp32", "openvino bf16", "openvino int8"]
+FIVE = ["torch fp32", "torch bf16", "openvino fp32", "openvino bf16", "openvino int8"]
+# A processor that emulates bf16 is not asked to.
+BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+ALL = [name for name in FIVE if BF16 or not name.endswith("bf16")]
+OPENVINO = [name for name in ALL if name.startswith("openvino")]
 
 
 def candidates(archive: Path) -> dict[str, Any]:
@@ -67,6 +72,21 @@ def test_the_fastest_that_passes_is_shipped(chosen: tuple[Path, Path]) -> None:
     assert record["settings"].items() <= made.items()
     assert made["token_budget"] in (256, 512, 1024, 2048, 4096)
     assert made["golden_tolerance"] == gate.GOLDEN_TOLERANCE[winner["precision"]]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_an_emulated_precision_is_no_candidate_unless_asked_for(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    for name in ("bf16", "bf16_on_cpu"):
+        monkeypatch.setattr(defaults, name, lambda: (native, "a test says so"))
+
+    def found(backend: str, precision: str) -> list[str]:
+        return [str(candidate) for candidate in optimise._candidates(source.check(tiny_bundle), backend, precision)]
+
+    assert found("auto", "auto") == [name for name in FIVE if native or not name.endswith("bf16")]
+    assert found("auto", "bf16") == ["torch bf16", "openvino bf16"]
+    assert found("openvino", "bf16") == ["openvino bf16"]
 
 
 def section(bundle: Path) -> tuple[str, str]:
@@ -116,9 +136,9 @@ def test_other_conditions_are_measured_anew(
 ) -> None:
     bundle = Path(shutil.copytree(chosen[0], tmp_path / "small"))
     printed = build_main(bundle, "--backend", "openvino")
-    assert [line.split(":")[0] for line in printed.splitlines() if "converting" in line] == ALL[2:]
+    assert [line.split(":")[0] for line in printed.splitlines() if "converting" in line] == OPENVINO
     row = candidates(tmp_path / "store" / "small.mar")
-    assert [f"{entry['backend']} {entry['precision']}" for entry in row["candidates"]] == ALL[2:]
+    assert [f"{entry['backend']} {entry['precision']}" for entry in row["candidates"]] == OPENVINO
     (bundle / "candidates.json").write_text("nonsense")
     assert "measured before" not in build_main(bundle, "--backend", "openvino", "--force")
 

@@ -18,7 +18,7 @@ import conftest
 import psutil
 import pytest
 import requests
-from conftest import ROOT, run, serve, stop, write_config
+from conftest import ROOT, free_ports, run, serve, stop, write_config, write_settings
 
 NAME = "reviews-fp32"
 
@@ -260,7 +260,21 @@ def test_a_member_that_is_not_what_the_digests_say(place: Place, member: str) ->
 
 
 def test_a_server_that_is_not_ready_in_time(place: Place) -> None:
+    """Nor is anything left then of a server that has ended by itself before."""
+    (scratch := place.temporary / "marble-of-another").mkdir()
+    write_state(place, str(scratch))
     assert f"'{NAME}' was not ready within 0.1 s" in place.refuses("--timeout", "0.1")
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_a_torchserve_that_ends_while_it_starts(place: Place, front: bool) -> None:
+    text = place.config.read_text()
+    place.config.write_text(re.sub(r"(?m)^vmargs=.*", "vmargs=-XX:+NoSuchFlag", text))
+    rest, grpc = free_ports(2)
+    settings = write_settings(place.folder / "front", rest=f"127.0.0.1:{rest}", grpc=f"127.0.0.1:{grpc}")
+    message = place.refuses(*(["--front", settings] if front else []))
+    assert "Unrecognized VM option 'NoSuchFlag'" in message
+    assert not (place.folder / "run" / "store").exists()
 
 
 # --- Running and stopping --------------------------------------------------------------------------------------------
@@ -269,6 +283,21 @@ def test_a_server_that_is_not_ready_in_time(place: Place) -> None:
 def ask(place: Place, **headers: str) -> requests.Response:
     url = f"http://127.0.0.1:{place.ports[0]}/predictions/{NAME}"
     return requests.post(url, json={"inputs": "A fine pair of boots."}, headers=headers, timeout=30)
+
+
+def write_state(place: Place, scratch: str) -> Path:
+    """What a server has written that ended by itself; its process id is given to another process since, to this one."""
+    state = {
+        "pid": os.getpid(),
+        "created": psutil.Process().create_time() - 3600,
+        "scratch": scratch,
+        "models": {},
+        "addresses": dict.fromkeys(["inference", "management", "metrics", "grpc", "grpc_management"], ""),
+    }
+    path = place.folder / "run" / "server.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(state))
+    return path
 
 
 def test_without_tokens_a_second_start_and_stopping(place: Place) -> None:
@@ -346,17 +375,10 @@ def test_a_start_that_is_cut_off_leaves_no_server(place: Place, number: signal.S
 
 
 def test_stop_ends_nothing_but_its_own_server(place: Place) -> None:
-    """A state file from before a crash, its process id given to another process since: here to this one."""
-    (place.folder / "run").mkdir()
-    state = {
-        "pid": os.getpid(),
-        "created": psutil.Process().create_time() - 3600,
-        "scratch": "",
-        "models": {},
-        "addresses": dict.fromkeys(["inference", "management", "metrics", "grpc", "grpc_management"], ""),
-    }
-    for content in (json.dumps(state), "{}", "[]", "not JSON"):
-        (place.folder / "run" / "server.json").write_text(content)
+    """A state file from before a crash."""
+    written = write_state(place, "")
+    for content in (written.read_text(), "{}", "[]", "not JSON"):
+        written.write_text(content)
         done = stop(place.folder)
         assert (done.returncode, done.stdout) == (0, "no server of this folder is running\n")
 

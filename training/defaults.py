@@ -75,6 +75,11 @@ def bf16() -> tuple[bool, str]:
     if torch.cuda.is_available():
         fast = bool(torch.cuda.is_bf16_supported(including_emulation=False))
         return fast, f"the GPU {'has' if fast else 'does not have'} it"
+    return bf16_on_cpu()
+
+
+def bf16_on_cpu() -> tuple[bool, str]:
+    """The same, whether or not there is a GPU."""
     if torch.cpu._is_amx_tile_supported():
         return True, "the CPU has AMX"
     if torch.cpu._is_avx512_bf16_supported():
