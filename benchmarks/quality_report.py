@@ -157,10 +157,19 @@ def shown(found: Sequence[float]) -> str:
 
 
 def faster(entries: Sequence[Mapping[str, Any]], experiment: Experiment) -> str:
-    """How many times as long the Trainer trained as train.py did, seed by seed."""
-    seconds = {key(entry): entry["training_seconds"] for entry in entries}
-    pairs = [[seconds.get(Round(experiment.name, seed, way)) for way in (TRAINER, OURS)] for seed in experiment.seeds]
-    return ", ".join(f"{stock / ours:.1f}" for stock, ours in pairs if stock and ours)
+    """How many times as long the Trainer trained as train.py did, seed by seed; only of one kind of machine."""
+    rounds = {key(entry): entry for entry in entries}
+    pairs = [[rounds.get(Round(experiment.name, seed, way)) for way in (TRAINER, OURS)] for seed in experiment.seeds]
+    return ", ".join(
+        f"{stock['training_seconds'] / ours['training_seconds']:.1f}"
+        for stock, ours in pairs
+        if stock and ours and computer(stock) == computer(ours)
+    )
+
+
+def computer(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The machine of a round, without its programs."""
+    return {name: entry["machine"].get(name) for name in ("processor", "cpus", "flags")}
 
 
 def plot(entries: Sequence[Mapping[str, Any]], place: Path) -> None:

@@ -34,13 +34,13 @@ from ts.protocol.otf_message_handler import create_predict_response
 import marble_client
 from handler import golden
 from handler.engine import Engine
-from handler.errors import InvalidInput, RequestError
+from handler.errors import InvalidInput, Overloaded, RequestError
 from handler.messages import Piece, Request, Result
 from handler.service import Service
 from handler.tasks.text_generation import TextGeneration, TextGenerationParameters
 from marble_client import cli
 from marble_client.stubs import inference_pb2, inference_pb2_grpc
-from training import bundle, scratch
+from training import bundle, evaluation, scratch
 from training.corpus import read
 from training.errors import UserError
 from training.tasks import text_generation as training_task
@@ -635,6 +635,27 @@ def test_windows_are_refused_in_training(tmp_path: Path) -> None:
             *("--from-scratch", "gpt2", "--output-dir", tmp_path / "out", "--overflow", "window"),
         )
     assert not (tmp_path / "out").exists()
+
+
+class Busy:
+    """An engine that answers `most` requests in the time that a request may take, or one at a time never."""
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self._engine, self._most = engine, most
+
+    def predict(self, requests: Sequence[Request]) -> list[Result | RequestError]:
+        late = Overloaded("the answer takes too long")
+        return [late] * len(requests) if len(requests) > self._most else self._engine.predict(requests)
+
+
+def test_what_is_too_slow_together_is_measured_in_smaller_batches(engine: Engine, corpus: str) -> None:
+    parameters = {"max_new_tokens": 2, "do_sample": False}
+    asked = [{"inputs": corpus[start : start + 40], "parameters": parameters} for start in range(9)]
+    expected = evaluation.predict(engine, asked)
+    found = evaluation.predict(Busy(engine, 3), asked)  # type: ignore[arg-type]
+    assert found == expected
+    with pytest.raises(Overloaded, match="takes too long"):
+        evaluation.predict(Busy(engine, 0), asked)  # type: ignore[arg-type]
 
 
 # --- a real TorchServe

@@ -33,22 +33,27 @@ _ROWS_OF_ALL_LABELS = 5
 def predict(engine: Engine, examples: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The prediction for each example, one request each.
 
-    examples: `inputs` and perhaps `parameters`. Raises RequestError if the engine refuses one.
+    examples: `inputs` and perhaps `parameters`. Raises RequestError if the engine refuses one, or has not the time
+    for it even alone.
     """
     predictions: list[Any] = [None] * len(examples)
-    waiting = list(range(len(examples)))
+    waiting, size = list(range(len(examples))), _REQUESTS_PER_BATCH
     with tqdm(total=len(examples), desc="scoring", unit=" rows", delay=2, leave=False, disable=None) as bar:
         while waiting:
-            batch, waiting = waiting[:_REQUESTS_PER_BATCH], waiting[_REQUESTS_PER_BATCH:]
+            batch, waiting = waiting[:size], waiting[size:]
             requests = [Request([examples[index]["inputs"]], examples[index].get("parameters", {})) for index in batch]
+            late = []
             for index, outcome in zip(batch, engine.predict(requests), strict=True):
-                if isinstance(outcome, Overloaded):
-                    waiting.append(index)
+                if isinstance(outcome, Overloaded) and len(batch) > 1:
+                    late.append(index)
                 elif isinstance(outcome, RequestError):
                     raise outcome
                 else:
                     predictions[index] = outcome.predictions[0]
                     bar.update()
+            waiting += late
+            if late == batch:  # together they take longer than a request may
+                size = -(-len(batch) // 2)
     return predictions
 
 
