@@ -234,7 +234,7 @@ if __name__ == "__main__":
                 upgrade.rollback(rest)
             case _:
                 sys.exit("use scripts/serve, stop, verify, token, upgrade or rollback")
-    except (ArchiveError, ServerError) as error:
+    except (ArchiveError, ServerError, OSError) as error:  # the last: a file or folder that cannot be used
         sys.exit(f"scripts/{sys.argv[1]}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

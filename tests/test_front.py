@@ -760,6 +760,15 @@ def test_certificates_that_are_none(tmp_path: Path, tiny_store: Path, options: l
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_where_a_folder_belongs(tmp_path: Path, tiny_store: Path) -> None:
+    (tmp_path / "front").touch()
+    config, _ = write_config(tmp_path)
+    rest, grpc_port = free_ports(2)
+    settings = write_settings(tmp_path / "f", rest=f"127.0.0.1:{rest}", grpc=f"127.0.0.1:{grpc_port}")
+    done = serve(tmp_path, tiny_store, config, "--front", settings)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "scripts/serve: [Errno 17] File exists: 'front'\n")
+
+
 def test_a_given_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = Certificate.self_signed()

@@ -271,7 +271,7 @@ def test_a_torchserve_that_ends_while_it_starts(place: Place, front: bool) -> No
     text = place.config.read_text()
     place.config.write_text(re.sub(r"(?m)^vmargs=.*", "vmargs=-XX:+NoSuchFlag", text))
     rest, grpc = free_ports(2)
-    settings = write_settings(place.folder / "front", rest=f"127.0.0.1:{rest}", grpc=f"127.0.0.1:{grpc}")
+    settings = write_settings(place.folder / "f.properties", rest=f"127.0.0.1:{rest}", grpc=f"127.0.0.1:{grpc}")
     message = place.refuses(*(["--front", settings] if front else []))
     assert "Unrecognized VM option 'NoSuchFlag'" in message
     assert not (place.folder / "run" / "store").exists()

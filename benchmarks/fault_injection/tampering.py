@@ -204,7 +204,7 @@ def _serve(bench: Bench, change: Callable[[Path], object]) -> dict[str, Any]:
     change(store)
     site = Site(folder, store, ["small"], {})
     config = ("--config", "config.properties", "--front", "front.properties", "--models", "small=small.mar")
-    done = site.command("serve", "--store", store, *config, "--trust", key.with_suffix(".pub"), "--timeout", 15)
+    done = site.command("serve", "--store", store, *config, "--trust", key.with_suffix(".pub"), "--timeout", 60)
     said = done.stderr.strip().splitlines()[-1:]
     # What these archives hold cannot be loaded; but whether they are refused is said by the program that verifies them.
     refused = done.returncode == 1 and not (folder / "logs" / "ts_log.log").exists()

@@ -31,8 +31,8 @@ class Unavailable(Exception):
 class Peer:
     """A server that is not ours.
 
-    packages: what is installed into `.venv-<environment>`; empty: it runs in `.venv`. A name without a version gets
-    that of requirements.lock. command: its command line, with {python}, {bin}, {servers}, {model} and {port} filled in.
+    packages: what is installed into `.venv-peer-<environment>`; empty: it runs in `.venv`. A name without a version
+    gets that of requirements.lock. command: its command line, with {python}, {bin}, {servers}, {model} and {port} filled in.
     path: of its endpoint. form: its request, with the text in place of None. usual: it is compared as a peer in its
     usual form.
     """
@@ -137,7 +137,7 @@ def install(peer: Peer) -> Path:
     if not peer.environment:
         return Path(sys.executable)
     packages = [pinned(package) for package in peer.packages]
-    folder = ROOT / f".venv-{peer.environment}"
+    folder = ROOT / f".venv-peer-{peer.environment}"
     python = folder / "bin" / "python"
     stamp = folder / f".set-up-{hashlib.sha256(' '.join(packages).encode()).hexdigest()[:16]}"
     if stamp.exists():
