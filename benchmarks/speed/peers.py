@@ -32,9 +32,9 @@ class Peer:
     """A server that is not ours.
 
     packages: what is installed into `.venv-peer-<environment>`; empty: it runs in `.venv`. A name without a version
-    gets that of requirements.lock. command: its command line, with {python}, {bin}, {servers}, {model} and {port} filled in.
-    path: of its endpoint. form: its request, with the text in place of None. usual: it is compared as a peer in its
-    usual form.
+    gets that of requirements.lock. command: its command line, with {python}, {bin}, {servers}, {model} and {port}
+    filled in. path: of its endpoint. form: its request, with the text in place of None. usual: it is compared as a
+    peer in its usual form.
     """
 
     name: str
