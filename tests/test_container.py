@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from conftest import ROOT, build_here, free_ports, succeeded, write_config
-from test_front import MODEL, Door, listens, token_command, write_settings
+from conftest import ROOT, build_here, free_ports, succeeded, write_config, write_settings
+from test_front import MODEL, Door, listens, token_command
 from test_provenance import P256, flip, make_key
 
 from archiver import sign

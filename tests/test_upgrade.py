@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import build_here, free_ports, run, serve, stop, succeeded, write_config
-from test_front import BODY, MODEL, PREDICTIONS, V2, Door, grpc_messages, token_command, write_settings
+from conftest import build_here, free_ports, run, serve, stop, succeeded, write_config, write_settings
+from test_front import BODY, MODEL, PREDICTIONS, V2, Door, grpc_messages, token_command
 
 from archiver import sign
 from archiver.__main__ import main as build_main
