@@ -3,18 +3,14 @@
 import contextlib
 import io
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import nncf
 import openvino
 
 from archiver.rewrite import look_up_in_int8
-
-# NNCF would report its use to its makers; nothing leaves the machine that builds an archive.
-os.environ["NNCF_CI"] = "1"
-import nncf
 
 _ATTENTION = {"ScaledDotProductAttention", "Softmax"}
 # Layers that accuracy control may put back to floating point before it gives up.

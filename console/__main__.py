@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from console.connection import Connection
+from marble_client.tokens import attached
 
 # The browser itself refuses whatever is not from here, whichever version of Gradio wants it.
 _POLICY = (
@@ -35,7 +36,7 @@ class Policy:
 
 def main() -> None:
     """Serves the page until it is interrupted."""
-    args = parser().parse_args()
+    args = parser().parse_args(attached(sys.argv[1:]))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     connection = Connection.to(args.url, args.management_url, args.metrics_url, args.token)
     try:

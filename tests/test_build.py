@@ -78,6 +78,7 @@ def test_another_build_elsewhere_gives_the_same_bytes(bundle: Path, store: Path,
     assert digest(tmp_path / "store" / name) == digest(store / name)
     left = [path.name for folder in ("cwd", "tmp") for path in (tmp_path / folder).iterdir()]
     assert [entry for entry in left if not entry.startswith("torchinductor_")] == [], "left behind"
+    assert not (tmp_path / "home" / "intel").exists(), "telemetry, which begins with an id in this folder"
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(
         [name, f"{name}.sha256", name.replace(".mar", ".cdx.json")]
     )

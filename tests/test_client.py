@@ -40,7 +40,7 @@ from marble_client import (
     retry,
 )
 from marble_client.retry import Deadline, with_retries
-from marble_client.tokens import bearer, find_tokens
+from marble_client.tokens import attached, bearer, find_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE = ROOT / "scripts" / "generate_stubs.py"
@@ -1036,6 +1036,21 @@ def test_a_refused_token_says_where_tokens_were_sought(marble: Marble, backend: 
     assert "stale-secret" not in err
 
     assert marble("predict", "sentiment", "a", "--token", "right")[0] == 0
+
+
+def test_a_token_that_begins_with_a_dash() -> None:
+    given = ["predict", "m", "x", "--token", "--oHBaWQ", "--management-token", "-a1b2c3d"]
+    assert attached(given) == ["predict", "m", "x", "--token=--oHBaWQ", "--management-token=-a1b2c3d"]
+    for whole in (
+        ["m", "x", "--token", "good", "--url", "http://x"],
+        ["m", "--token", "--url", "http://x"],  # forgotten
+        ["m", "--token", "-p", "top_k=2"],
+        ["m", "--token", "--url=http://x"],
+        ["m", "--token", "--", "-X"],
+        ["m", "--", "--token", "-X"],  # two texts
+        ["m", "-X", "--token"],
+    ):
+        assert attached(whole) == whole
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Question answering: answers as a plain reference finds them, trained, archived, served, called."""
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -130,18 +131,23 @@ class Reference:
         impossible = 1.0
         contexts = [[at for at, s in enumerate(e.sequence_ids) if s == 1] for e in encoded.encodings]
         begins = [number * (len(contexts[0]) - doc_stride) for number in range(len(contexts))]
+        sizes = [len(tokens) for tokens in contexts]
         for number, (encoding, tokens) in enumerate(zip(encoded.encodings, contexts, strict=True)):
             start, end = self.probabilities(encoding, tokens)
             impossible = min(impossible, start[0] * end[0])
-            spans = []
-            for first in tokens:
-                for last in tokens:
-                    if first <= last < first + max_answer_len:
-                        span = [begins[number] + position - tokens[0] for position in (first, last)]
-                        if number == most_context(*span, begins, [len(context) for context in contexts]):
-                            spans.append((-start[first] * end[last], first, last))
+            spans = [
+                (-start[first] * end[last], first, last)
+                for first in tokens
+                for last in tokens
+                if first <= last < first + max_answer_len
+            ]
+            here = (
+                span
+                for span in sorted(spans)
+                if number == most_context(*(begins[number] + at - tokens[0] for at in span[1:]), begins, sizes)
+            )
             found: list[dict[str, Any]] = []
-            for score, first, last in sorted(spans)[: 2 * top_k + 10 if align_to_words else top_k]:
+            for score, first, last in itertools.islice(here, 2 * top_k + 10 if align_to_words else top_k):
                 begin, stop = encoding.offsets[first][0], encoding.offsets[last][1]
                 if align_to_words:
                     begin = encoding.word_to_chars(encoding.token_to_word(first), 1)[0]

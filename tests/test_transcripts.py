@@ -1,7 +1,7 @@
 """The commands that README.md, docs/ and examples/ show: each is run, and must still print what is shown.
 
-Training is cut to two steps and what is served is torch in fp32, so values differ from those shown; names, lines and
-the shape of every answer must not. test_demo_and_deployment cuts one build alone.
+Training is cut to two steps on fewer reviews, and what is served is torch in fp32, so values differ from those shown;
+names, lines and the shape of every answer must not. test_demo_and_deployment has fewer reviews and cuts one build.
 """
 
 import contextlib
@@ -10,11 +10,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import NO_CHECKPOINTS, ROOT, Served, build_here, train_here
 
@@ -30,6 +32,8 @@ DEPLOY = ROOT / "docs" / "deploy.md"
 WALKED = [page for page in transcripts.PAGES if page != DEPLOY]
 # What a run of a checkout writes.
 WRITTEN = {"artifacts", "model_store", "logs", "run", "front", "key_file.json", ".git"}
+# Rows of each file of examples/reviews that are used. The other examples are small as they are.
+REVIEWS_USED = {"train.csv": 1200, "validation.csv": 150, "test.csv": 50}
 Serving = Callable[..., contextlib.AbstractContextManager[Served]]
 
 
@@ -37,10 +41,19 @@ Serving = Callable[..., contextlib.AbstractContextManager[Served]]
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like this checkout before anything has run in it."""
     for path in ROOT.iterdir():
-        if path.name not in WRITTEN:
+        if path.name not in WRITTEN | {"examples"}:
             (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    cut_reviews(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def cut_reviews(checkout: Path) -> None:
+    """Leaves the first rows of the examples that most pages train on, of every label some."""
+    for name, rows in REVIEWS_USED.items():
+        path = checkout / "examples" / "reviews" / name
+        pd.read_csv(path, dtype=str, keep_default_na=False).head(rows).to_csv(path, index=False)
 
 
 class Walk:
@@ -154,6 +167,7 @@ def test_demo_and_deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The demo of README.md and docs/deploy.md, as they stand there, in a copy of this checkout."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of several programs on few CPUs wait for each other
     transcripts.copy_checkout(tmp_path)
+    cut_reviews(tmp_path)
     train, *rest = transcripts.steps(DEPLOY.read_text(encoding="utf-8"))
     assert "train.py" in train.command  # which the demo does, too
     # The demo chooses among candidates, and what it built is signed; a second version need not be chosen as well.

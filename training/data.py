@@ -79,7 +79,14 @@ def mapped(rows: Dataset, function: Callable[[dict[str, Any]], dict[str, Any]], 
     """
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "rows.arrow")
-        made = rows.map(function, batched=True, remove_columns=list(remove), cache_file_name=file)
+        # Nothing is looked up by its fingerprint, for which all that the function refers to would be pickled.
+        made = rows.map(
+            function,
+            batched=True,
+            remove_columns=list(remove),
+            cache_file_name=file,
+            new_fingerprint=generate_random_fingerprint(),
+        )
         return _made(made.data.table, made.features)
 
 

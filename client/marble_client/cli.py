@@ -28,7 +28,7 @@ from marble_client.errors import (
 )
 from marble_client.many import BATCH_SIZE, CONCURRENCY, PATIENCE_S, Plan
 from marble_client.rest import RestClient
-from marble_client.tokens import Tokens, find_tokens
+from marble_client.tokens import Tokens, attached, find_tokens
 from marble_client.wire import is_item_error, without_details
 
 OK, REFUSED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -37,7 +37,7 @@ CUT = "text was cut to fit the model; --overflow window reads all of it, --overf
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (argparse itself exits with 2 on wrong usage)."""
-    args = parser().parse_args(argv)
+    args = parser().parse_args(attached(sys.argv[1:] if argv is None else argv))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # JSON is UTF-8, and backslashreplace turns a lone surrogate into the escape that JSON has for it.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

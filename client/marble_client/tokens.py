@@ -4,10 +4,12 @@ import ipaddress
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 KEY_FILE = Path("key_file.json")
+_OPTION = re.compile(r"--?[a-z]*(-[a-z]+)*(=.*)?")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,21 @@ def find_tokens(
         "--management-token", explicit_management, "MARBLE_MANAGEMENT_TOKEN", keys.get("management"), source
     )
     return Tokens(inference, management, f"inference token {origin}; management token {management_origin}")
+
+
+def attached(arguments: Sequence[str]) -> list[str]:
+    """Arguments of a command, `--token X` as `--token=X` where X begins with a dash.
+
+    One in 64 of TorchServe's tokens does, and argparse takes it for an option; whose names are of small letters.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        unfinished = found[-1:] in (["--token"], ["--management-token"]) and "--" not in found
+        if unfinished and argument.startswith("-") and not _OPTION.fullmatch(argument):
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
 
 
 def bearer(token: str | None) -> str | None:

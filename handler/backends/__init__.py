@@ -1,5 +1,6 @@
 """Backends: arrays in, arrays out. One file per runtime; each imports its runtime only when it is loaded."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 
 from handler.settings import Settings
 
+# Where it can be imported, OpenVINO and NNCF tell Intel and Google of each model that they convert. Nothing leaves the
+# machine that builds an archive.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 # The precisions that each backend runs.
 PRECISIONS = {"torch": ("fp32", "bf16", "fp16"), "openvino": ("fp32", "bf16", "int8")}
 
