@@ -10,6 +10,7 @@ The output is a folder of parquet files with the rows of the input, in their ord
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -106,6 +107,8 @@ def main(argv: list[str]) -> None:
     # What is wrong with all rows is said now, and once.
     columns.reader(*given[1:4])
     parameters.parse(tasks.load(Settings.load(arguments.model).task).Parameters, arguments.parameters)
+    # Ray would tell its makers of the cluster.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The cluster that RAY_ADDRESS names, else one of this machine alone.
     ray.init(include_dashboard=False, ignore_reinit_error=True)
     context = DataContext.get_current()
