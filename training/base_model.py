@@ -1,6 +1,5 @@
 """Finds the model to start from: the bundled MiniLM, a local folder, or a hub id."""
 
-import functools
 import hashlib
 import importlib.util
 import json
@@ -70,7 +69,6 @@ def resolve(choice: str | None, from_scratch: str | None = None, layers: int | N
     return replace(local(Path(choice)), layers=layers)
 
 
-@functools.cache
 def _bundled() -> BaseModel:
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
     if spec is None or spec.origin is None:
