@@ -157,13 +157,16 @@ def shown(found: Sequence[float]) -> str:
 
 
 def faster(entries: Sequence[Mapping[str, Any]], experiment: Experiment) -> str:
-    """How many times as long the Trainer trained as train.py did, seed by seed; only of one kind of machine."""
+    """How many times as long the Trainer trained as train.py did, seed by seed; only of one kind of machine.
+
+    Without seconds are int8 archives, and what was trained at low priority while other programs ran.
+    """
     rounds = {key(entry): entry for entry in entries}
     pairs = [[rounds.get(Round(experiment.name, seed, way)) for way in (TRAINER, OURS)] for seed in experiment.seeds]
     return ", ".join(
         f"{stock['training_seconds'] / ours['training_seconds']:.1f}"
         for stock, ours in pairs
-        if stock and ours and computer(stock) == computer(ours)
+        if stock and ours and stock["training_seconds"] and computer(stock) == computer(ours)
     )
 
 
