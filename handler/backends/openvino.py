@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,11 @@ class OpenVinoBackend:
                 },
             )
 
-        return cls(compiled(1), output_names, compiled(streams) if streams > 1 else None, streams)
+        counts = (1, streams) if streams > 1 else (1,)
+        # Both at the same time: compiling is, for the most part, done on one thread.
+        with ThreadPoolExecutor(len(counts)) as pool:
+            alone, *together = pool.map(compiled, counts)
+        return cls(alone, output_names, together[0] if together else None, streams)
 
     def run(self, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Iterator[dict[str, NDArray[np.float32]]]:
         """See `handler.backends.Backend`."""
