@@ -126,12 +126,12 @@ def holds(page: Browser, css: str) -> str:
     return str(page.run("return document.querySelector(arguments[0]).value", css))
 
 
-def faults(page: Browser, axe: str, within: str = "html") -> list[str]:
-    """What axe-core finds that is serious or critical. within: a CSS selector."""
+def faults(page: Browser, axe: str) -> list[str]:
+    """What axe-core finds that is serious or critical."""
     page.run(f"if (!window.axe) {{ {axe} }}")
     found = page.run_async(
         "const done = arguments[arguments.length - 1];"
-        f"axe.run('{within}', {{resultTypes: ['violations']}}).then(result => done(result.violations))"
+        "axe.run(document, {resultTypes: ['violations']}).then(result => done(result.violations))"
     )
     return [
         f"{fault['id']} ({fault['impact']}): {node['html'][:200]}: {node['failureSummary']}"

@@ -15,15 +15,14 @@ from sklearn.metrics import (
     r2_score,
 )
 from tqdm import tqdm
+from transformers import EvalPrediction
 
 from handler.engine import Engine
 from handler.errors import Overloaded, RequestError
 from handler.messages import Request
 from training import calibration
 
-if TYPE_CHECKING:  # transformers brings peft with it, which takes seconds
-    from transformers import EvalPrediction
-
+if TYPE_CHECKING:
     from training.tasks import TrainingTask
 
 _REQUESTS_PER_BATCH = 256
@@ -217,7 +216,7 @@ def _per_label(labels: Sequence[str], figures: Any) -> dict[str, dict[str, Any]]
     }
 
 
-def label_metrics(prediction: "EvalPrediction") -> dict[str, float]:
+def label_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """What an epoch of a single-label classifier is judged by: macro-F1 and accuracy of the most probable labels."""
     predicted, expected = np.argmax(prediction.predictions, axis=-1), prediction.label_ids
     return {
